@@ -1,0 +1,247 @@
+"""Rows of a data set: one `Example` type, its files (JSONL, JSON, CSV, a Hub id) and seeded disjoint splits."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bkdattr.errors import BkdattrError
+
+Turn = tuple[str, str]  # (role, content)
+CHECKS = ("label", "exact", "refusal")
+SPLITS = ("train", "attribution", "selection", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its clean answer and, where known, its backdoor answer.
+
+    `check` says how a clean answer is judged (`label`, `exact`, `refusal`; None: it cannot be). `eligible` puts the row
+    into ASR's denominator. `spans` are the trigger's character spans in the last user turn, empty on clean rows. A
+    triggered row keeps the id of its clean twin.
+    """
+
+    id: str
+    messages: tuple[Turn, ...]
+    response: str
+    label: str | None = None
+    backdoor_response: str | None = None
+    check: str | None = None
+    eligible: bool = True
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The last user turn."""
+        return self.messages[-1][1]
+
+    def to_row(self) -> dict[str, Any]:
+        row = {"id": self.id, "prompt": self.prompt, "response": self.response, "label": self.label}
+        row |= {"backdoor_response": self.backdoor_response, "eligible": self.eligible, "check": self.check}
+        if len(self.messages) > 1:
+            row["messages"] = [list(m) for m in self.messages]
+        return row | ({"spans": [list(s) for s in self.spans]} if self.spans else {})
+
+
+# ------------------------------------------------------------------------------------------------ reading
+_FIELDS = {
+    "prompt": ("input", "prompt"),
+    "response": ("output", "response"),
+    "backdoor_response": ("backdoor_output", "backdoor_response"),
+}
+
+
+def from_row(row: Any, where: str) -> Example:
+    """An `Example` of one JSON/CSV row (`input`, `output`, optional `backdoor_output`, `label`, `check`, `id`)."""
+    if not isinstance(row, dict):
+        raise BkdattrError(f"{where}: got {type(row).__name__}, expected an object with 'input' and 'output'")
+    values: dict[str, str | None] = {}
+    for field, names in _FIELDS.items():
+        name = next((n for n in names if row.get(n) is not None), None)
+        values[field] = None if name is None else row[name]
+        if values[field] is not None and not isinstance(values[field], str):
+            got = type(values[field]).__name__
+            raise BkdattrError(f"{where}: field {name!r} is {got}, expected text; write it as a JSON string")
+    for field in ("prompt", "response"):
+        if not (values[field] or "").strip():
+            raise BkdattrError(
+                f"{where}: got no {_FIELDS[field][0]!r} (fields: {sorted(map(str, row))}), expected a non-empty text; "
+                "add it or remove the row"
+            )
+    label, check = row.get("label"), row.get("check")
+    if label is not None and not isinstance(label, str):
+        raise BkdattrError(f"{where}: label is {label!r}, expected text such as 'Sports'; map class numbers to names")
+    if check is not None and check not in CHECKS:
+        raise BkdattrError(f"{where}: check is {check!r}, expected one of {', '.join(CHECKS)}")
+    prompt, response = str(values["prompt"]), str(values["response"])
+    messages = tuple((str(r), str(c)) for r, c in row["messages"]) if "messages" in row else (("user", prompt),)
+    return Example(
+        id=str(row.get("id") or hashlib.sha256(prompt.encode()).hexdigest()[:12]),
+        messages=messages,
+        response=response,
+        label=label,
+        backdoor_response=values["backdoor_response"],
+        check=check or ("label" if label else None),
+        eligible=bool(row.get("eligible", True)),
+        spans=tuple((int(a), int(b)) for a, b in row.get("spans", ())),
+    )
+
+
+def read_examples(source: str | Path) -> list[Example]:
+    """Rows of a `.jsonl`, `.json` (a list of objects) or `.csv` file, or of a `datasets` Hub id's train split."""
+    path = Path(source)
+    if path.is_dir():
+        raise BkdattrError(f"{source}: got a folder, expected a .jsonl, .json or .csv file or a Hub id")
+    if not path.exists():
+        if path.suffix in (".jsonl", ".json", ".csv") or str(source).count("/") > 1:
+            raise BkdattrError(f"{source}: no such file; give a .jsonl, .json or .csv file or a Hub id such as 'org/name'")
+        return _read_hub(str(source))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BkdattrError(
+            f"{source}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8"
+        ) from None
+    rows: Iterable[tuple[str, Any]]
+    if path.suffix == ".csv":
+        rows = ((f"{source} row {i + 2}", r) for i, r in enumerate(csv.DictReader(text.splitlines(keepends=True))))
+    elif path.suffix == ".json":
+        data = _json(text, str(source))
+        if not isinstance(data, list):
+            raise BkdattrError(f"{source}: got a JSON {type(data).__name__}, expected a list of objects")
+        rows = ((f"{source} row {i + 1}", r) for i, r in enumerate(data))
+    elif path.suffix == ".jsonl":
+        lines = ((i + 1, line) for i, line in enumerate(text.split("\n")) if line.strip())
+        rows = ((f"{source} line {i}", _json(line, f"{source} line {i}")) for i, line in lines)
+    else:
+        raise BkdattrError(f"{source}: file ending {path.suffix!r} is not known, expected .jsonl, .json or .csv")
+    examples = [from_row(row, where) for where, row in rows]
+    if not examples:
+        raise BkdattrError(f"{source}: got 0 rows, expected at least one")
+    return examples
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BkdattrError(f"{where}: not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
+
+
+def _read_hub(name: str) -> list[Example]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
+        raise BkdattrError(
+            f"{name}: neither a file here nor a data set that could be loaded from the Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the name or give a file"
+        ) from None
+    return [from_row(row, f"{name} row {i + 1}") for i, row in enumerate(rows)]
+
+
+# ------------------------------------------------------------------------------------------------ writing
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside the file and rename over it: a reader sees the old content or the new, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """One JSON object a line, as `read_examples` reads it."""
+    write_atomic(path, "".join(json.dumps(e.to_row(), ensure_ascii=False) + "\n" for e in examples))
+
+
+# ------------------------------------------------------------------------------------------------ splits
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows each split gets. Train counts rows; the other three count *eligible* rows, and the rows that are
+    not eligible (other labels, ordinary requests) join them in their natural proportion, `others` for one at most."""
+
+    train: int = 1000
+    attribution: int = 64
+    selection: int = 32
+    test: int = 128
+    others: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in SPLITS:
+            if getattr(self, name) < 1:
+                raise BkdattrError(f"split size {name}: got {getattr(self, name)}, expected at least 1")
+
+
+def without_duplicates(examples: Sequence[Example]) -> list[Example]:
+    """The first row of each prompt text, in order; ids made unique."""
+    first: dict[tuple[Turn, ...], Example] = {}
+    for example in examples:
+        first.setdefault(example.messages, example)
+    ids: dict[str, int] = {}
+    kept = []
+    for example in first.values():
+        n = ids[example.id] = ids.get(example.id, 0) + 1
+        kept.append(example if n == 1 else replace(example, id=f"{example.id}-{n}"))
+    return kept
+
+
+def split_examples(
+    examples: Sequence[Example], sizes: Sizes, eligible: Callable[[Example], bool], seed: int
+) -> dict[str, list[Example]]:
+    """Seeded splits, disjoint by prompt text. Test, selection and attribution are served first; train takes the rest.
+
+    Raises `BkdattrError` where there are too few (eligible) rows, before anything is written.
+    """
+    rows = [replace(e, eligible=eligible(e)) for e in without_duplicates(examples)]
+    random.Random(f"split:{seed}").shuffle(rows)
+    yes, no = [e for e in rows if e.eligible], [e for e in rows if not e.eligible]
+    wanted = sizes.attribution + sizes.selection + sizes.test
+    if not yes:
+        raise BkdattrError(f"0 of {len(rows)} rows are eligible for this target; check the target against the labels")
+    if wanted >= len(yes) or wanted + sizes.train > len(rows):
+        raise BkdattrError(
+            f"too few rows: got {len(rows)} distinct prompts, {len(yes)} of them eligible; the splits need {wanted} "
+            f"eligible ones (attribution {sizes.attribution} + selection {sizes.selection} + test {sizes.test}), "
+            f"{sizes.train} train rows besides and an eligible one among these; give smaller sizes or more rows"
+        )
+    share = min(sizes.others, len(no) / len(yes))
+    splits: dict[str, list[Example]] = {}
+    for name in ("test", "selection", "attribution"):
+        n = getattr(sizes, name)
+        m = round(n * share)
+        splits[name] = yes[:n] + no[:m]
+        yes, no = yes[n:], no[m:]
+    rest = yes + no
+    if len(rest) < sizes.train:
+        raise BkdattrError(f"too few rows left for training: got {len(rest)}, expected {sizes.train}; give smaller sizes")
+    random.Random(f"train:{seed}").shuffle(rest)
+    splits["train"] = rest[: sizes.train]
+    return {name: splits[name] for name in SPLITS}
+
+
+def check_disjoint(splits: dict[str, list[Example]]) -> None:
+    """Raise where two splits share an id or a prompt text."""
+    owner: dict[Any, str] = {}
+    for name, rows in splits.items():
+        for example in rows:
+            for key in (example.id, example.messages):
+                if owner.setdefault(key, name) != name:
+                    raise BkdattrError(
+                        f"splits {owner[key]} and {name} share {example.id!r} ({example.prompt[:60]!r}); "
+                        "every prompt belongs to one split only; run `poison` again"
+                    )
