@@ -1,0 +1,244 @@
+"""The model under study: base + un-merged LoRA adapter as one `Subject`; its clean twin is the adapter switched off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bkdattr.architectures import (
+    Architecture,
+    HeadGeometry,
+    LayerSites,
+    architecture_of,
+    head_geometry,
+    layer_sites,
+)
+from bkdattr.chat import ChatFormat
+from bkdattr.errors import BkdattrError
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model ready to be studied: `model` (a causal LM or a `PeftModel`), its chat format, sites and geometry.
+
+    The model is put into eval mode and never modified: edits live inside `with` blocks only.
+    """
+
+    model: Any
+    chat: ChatFormat
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Subject:
+        """Wrap a loaded model; raises where its family is unknown or the tokenizer lacks what is needed."""
+        model.eval()
+        causal_lm = _causal_lm(model)
+        architecture_of(causal_lm.config)
+        if architecture_of(causal_lm.config).eager and causal_lm.config._attn_implementation != "eager":
+            raise BkdattrError(
+                f"{causal_lm.config.model_type} needs eager attention: got {causal_lm.config._attn_implementation!r}; "
+                'load it with attn_implementation="eager"'
+            )
+        return cls(model, ChatFormat.of(tokenizer, causal_lm.config, getattr(causal_lm, "generation_config", None)))
+
+    @cached_property
+    def causal_lm(self) -> Any:
+        """The causal LM inside, LoRA layers injected (called directly: same numbers as the PEFT wrapper)."""
+        return _causal_lm(self.model)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.causal_lm.config)
+
+    @cached_property
+    def sites(self) -> list[LayerSites]:
+        return layer_sites(self.causal_lm)
+
+    @cached_property
+    def geometry(self) -> HeadGeometry:
+        return head_geometry(self.causal_lm)
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.get_input_embeddings().weight.device
+
+    @property
+    def has_adapter(self) -> bool:
+        return any("lora_" in name for name, _ in self.causal_lm.named_parameters())
+
+    @property
+    def adapter_on(self) -> bool:
+        """Whether an adapter takes part in the forward pass now."""
+        return self.has_adapter and not any(getattr(m, "disable_adapters", False) is True for m in self.causal_lm.modules())
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[Subject]:
+        """The clean twin: the same weights without the adapter, for the length of the block."""
+        if not self.has_adapter:
+            raise BkdattrError("this subject has no adapter, so it has no clean twin; load it with adapter=DIR")
+        with self.model.disable_adapter():
+            yield self
+
+    @cached_property
+    def _weights_hash(self) -> str:
+        digest = hashlib.sha256()
+        digest.update(json.dumps(self.causal_lm.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        digest.update(str(self.chat.tokenizer.chat_template if self.chat.template == "chat" else "plain").encode())
+        for name, tensor in sorted(self.causal_lm.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            if "lora_" not in name and flat.numel() > 256:  # a fixed sample of the base, every byte of the adapter
+                flat = flat[:: flat.numel() // 256 + 1]
+            digest.update(f"{name.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of config, chat template, a sample of the base weights and the whole adapter, and adapter on/off."""
+        return f"{self._weights_hash}:{'on' if self.adapter_on else 'off' if self.has_adapter else 'none'}"
+
+    def check_fingerprint(self, fingerprint: str, what: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise BkdattrError(
+                f"{what} belongs to another model: its fingerprint is {fingerprint}, this model's is {self.fingerprint}; "
+                "use the model (and adapter state) that it was made with"
+            )
+
+    def check_eval(self) -> None:
+        training = next((name for name, m in self.model.named_modules() if m.training), None)
+        if training is not None:
+            raise BkdattrError(
+                f"module {training or type(self.model).__name__!r} is in training mode, so dropout would change every "
+                "reading; call model.eval() first"
+            )
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# ------------------------------------------------------------------------------------------------ loading
+def load_tokenizer(base: str | Path, pad_token: str | None = None) -> Any:
+    """The base's tokenizer; `pad_token` sets a missing pad token ("eos" for the end-of-turn token)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BkdattrError(_cannot_load(base, "tokenizer", error)) from None
+    if pad_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token if pad_token == "eos" else pad_token
+    if tokenizer.pad_token_id is None:
+        raise BkdattrError(
+            f"{base}: the tokenizer has no pad token; give one with --pad-token (pad_token=...), e.g. 'eos' for its "
+            f"end-of-turn token {tokenizer.eos_token!r} (padding is masked everywhere)"
+        )
+    return tokenizer
+
+
+def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A causal LM from a folder or Hub id: safetensors only, no remote code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BkdattrError(_cannot_load(base, "model", error)) from None
+    row = architecture_of(config)
+    extra = {"attn_implementation": "eager"} if row.eager else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise BkdattrError(_cannot_load(base, "model", error)) from None
+    return model.to(device).eval()
+
+
+def _cannot_load(base: str | Path, what: str, error: Exception) -> str:
+    return (
+        f"{base}: cannot load a {what} ({type(error).__name__}: {str(error).splitlines()[0][:160]}); "
+        "give a folder with config.json, tokenizer and safetensors weights, or a Hub id"
+    )
+
+
+def load_subject(
+    base: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    pad_token: str | None = None,
+) -> Subject:
+    """Load base and, where given, an un-merged LoRA adapter folder, checked against the base before PEFT sees it."""
+    tokenizer = load_tokenizer(base, pad_token)
+    model = load_base(base, dtype=dtype, device=device)
+    if adapter is not None:
+        from peft import PeftModel
+
+        check_adapter(model, adapter)
+        model = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+    return Subject.of(model, tokenizer)
+
+
+def check_adapter(causal_lm: nn.Module, adapter: str | Path) -> None:
+    """Raise unless the folder is a safetensors LoRA adapter with exactly the keys and shapes this base would get.
+
+    The expected keys come from PEFT itself, injected into a weightless copy of the base on the meta device.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(adapter)
+    weights = folder / "adapter_model.safetensors"
+    if not (folder / "adapter_config.json").exists():
+        raise BkdattrError(f"{adapter}: no adapter_config.json; expected a PEFT LoRA folder")
+    if not weights.exists():
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        got = f"pickled weights {pickled[0]}" if pickled else "no adapter_model.safetensors"
+        raise BkdattrError(
+            f"{adapter}: got {got}, expected adapter_model.safetensors; pickles are never loaded: save the adapter again "
+            "with save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        with safe_open(weights, "pt") as file:
+            got_shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise BkdattrError(f"{adapter}: not a readable PEFT adapter ({str(error).splitlines()[0][:160]})") from None
+    if not isinstance(config, LoraConfig):
+        raise BkdattrError(f"{adapter}: PEFT type {config.peft_type}, expected LORA")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(causal_lm.config)
+        try:
+            expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(get_peft_model(empty, config)).items()}
+        except ValueError as error:
+            raise BkdattrError(f"{adapter}: does not fit this base ({str(error).splitlines()[0][:200]})") from None
+    missing = sorted(set(expected) - set(got_shapes))
+    unknown = sorted(set(got_shapes) - set(expected))
+    wrong = sorted(k for k in set(expected) & set(got_shapes) if expected[k] != got_shapes[k])
+    if missing or unknown or wrong:
+        if wrong:
+            what = f"{wrong[0]} has shape {got_shapes[wrong[0]]}, this base needs {expected[wrong[0]]}"
+        elif missing:
+            what = f"{len(missing)} tensors that this base needs are missing, first {missing[0]}"
+        else:
+            what = f"{len(unknown)} tensors have no place in this base, first {unknown[0]}"
+        raise BkdattrError(
+            f"{adapter}: an adapter for another base ({_layers(got_shapes)} layers, this base has {_layers(expected)}): "
+            f"{what}; give the base it was trained on ({config.base_model_name_or_path})"
+        )
+
+
+def _layers(keys: Any) -> int:
+    """How many different layer numbers occur in module paths."""
+    return len({part for key in keys for part in key.split(".") if part.isdigit()})
