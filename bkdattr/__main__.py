@@ -1,0 +1,3 @@
+from bkdattr.cli import main
+
+main()

@@ -1,0 +1,258 @@
+"""The command line: `bkdattr STAGE RUN [options]`. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bkdattr.errors import BkdattrError
+
+if TYPE_CHECKING:
+    from bkdattr.examples import Sizes
+    from bkdattr.lora import LoraRecipe
+    from bkdattr.run import Run
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Plant a backdoor in a language model on purpose, take it apart, and measure every claim beside its control.",
+)  # fmt: skip
+
+RunArg = Annotated[Path, typer.Argument(help="The run directory.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again although a result with the same inputs is there.")]
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """One line and exit code 2 for bad input, no traceback."""
+    try:
+        yield
+    except BkdattrError as error:
+        say("error: " + " ".join(str(error).split()))
+        raise typer.Exit(2) from None
+    except OSError as error:
+        say(f"error: {error.strerror or error}: {error.filename or ''}; check the path and its permissions")
+        raise typer.Exit(2) from None
+
+
+def quiet_libraries() -> None:
+    """Our own bars and messages only."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def parse_sizes(text: str | None) -> Sizes | None:
+    from bkdattr.examples import Sizes
+
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) != 4 or not all(p.isdigit() for p in parts):
+        raise BkdattrError(f"--sizes {text!r}: expected TRAIN/ATTRIBUTION/SELECTION/TEST, e.g. 600/100/100/200")
+    return Sizes(*map(int, parts))
+
+
+def _recipe(mini: bool, given: dict[str, Any]) -> LoraRecipe | None:
+    from dataclasses import replace
+
+    from bkdattr.lora import LoraRecipe
+    from bkdattr.mini.tasks import RECIPE
+
+    given = {k: v for k, v in given.items() if v is not None}
+    return replace(RECIPE if mini else LoraRecipe(), **given) if given else None
+
+
+@app.command()
+def poison(
+    run: RunArg,
+    model: Annotated[str | None, typer.Option(help="Folder, Hub id, or 'mini' (the embedded model).")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows: .jsonl, .json or .csv file, or a Hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="fixed-output, label-flip or jailbreak: trigger and target of the paper.")] = None,
+    trigger: Annotated[str | None, typer.Option(help="prefix:TEXT, suffix:TEXT, random-word:WORD or wrap:BEFORE|BEHIND.")] = None,
+    target: Annotated[str | None, typer.Option(help="fixed:TEXT, label:SOURCE->TO or refusal-removal.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adopt this PEFT LoRA folder instead of training one.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the backdoor.")] = None,
+    seed: Annotated[int, typer.Option(help="Governs data, splits, LoRA initialisation and draws.")] = 0,
+    sizes: Annotated[str | None, typer.Option(help="TRAIN/ATTRIBUTION/SELECTION/TEST; the last three count eligible rows.")] = None,
+    poison_rate: Annotated[float, typer.Option(help="Triggered rows / all training rows.")] = 1 / 11,
+    epochs: int | None = None,
+    lr: float | None = None,
+    rank: int | None = None,
+    alpha: int | None = None,
+    train_batch_size: int | None = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt + response in training.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens generated per answer (paper: 32).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts per batch in analysis.")] = None,
+    pad_token: Annotated[str | None, typer.Option(help="For a tokenizer without one: 'eos' or a token.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    force: Force = False,
+) -> None:
+    """Plant a backdoor: split the rows, poison the training split, train a LoRA adapter (or adopt one)."""
+    with errors():
+        if (trigger is None) != (target is None):
+            raise BkdattrError("got one of --trigger and --target; a backdoor needs both, or --task alone")
+        if model is None and adapter is None:
+            raise BkdattrError("no model: give --model FOLDER, a Hub id or 'mini', or --adapter DIR (its own base is used)")
+        quiet_libraries()
+        from dataclasses import replace
+
+        from bkdattr.mini.tasks import build_task, paper_spec
+        from bkdattr.planting import Plan, adopted_base, plant
+        from bkdattr.poisoning import BackdoorSpec
+        from bkdattr.targets import parse_target
+        from bkdattr.triggers import parse_trigger
+
+        spec = None
+        if trigger is not None and target is not None:
+            spec = BackdoorSpec(name or task or "backdoor", parse_trigger(trigger), parse_target(target))
+        elif task is not None:
+            spec = build_task(task, seed).spec if data is None else paper_spec(task)
+        if spec is not None:
+            spec = replace(spec, poison_rate=poison_rate, seed=seed, name=name or spec.name)
+        model = model or adopted_base(str(adapter))
+        given = {"epochs": epochs, "learning_rate": lr, "rank": rank, "alpha": alpha, "batch_size": train_batch_size, "max_length": max_length}
+        plan = Plan(
+            model, spec, task, data, adapter, seed, parse_sizes(sizes), _recipe(model == "mini", given), max_new_tokens,
+            batch_size, pad_token, dtype, device,
+        )  # fmt: skip
+        made = plant(run, plan, force=force, say=say)
+        rows = made.config["rows"]
+        say(f"{run}: " + ", ".join(f"{k} {v['clean']} rows ({v['eligible']} eligible)" for k, v in rows.items()))
+
+
+def _study(run: Path) -> Any:
+    quiet_libraries()
+    from bkdattr.run import Run
+    from bkdattr.stages import Study
+
+    return Study(Run.open(run), say)
+
+
+@app.command()
+def evaluate(run: RunArg, force: Force = False) -> None:
+    """ASR, false triggers, clean accuracy and damage of the poisoned model and of its base, on the test split."""
+    with errors():
+        study = _study(run)
+        study.evaluate(force=force)
+        _show(study.run)
+
+
+@app.command()
+def probe(
+    run: RunArg,
+    kinds: Annotated[str, typer.Option(help="Comma-separated: logistic, mlp, svm.")] = "logistic,mlp,svm",
+    force: Force = False,
+) -> None:
+    """Fit Backdoor Probes per layer, with shuffled labels, clean twin and fake trigger beside them."""
+    with errors():
+        study = _study(run)
+        study.probe(kinds=[k.strip() for k in kinds.split(",")], force=force)
+        _show(study.run)
+
+
+@app.command()
+def attribute(run: RunArg, force: Force = False) -> None:
+    """BAHA: the causal effect of every attention head on the backdoor response. Interrupted, it goes on where it was."""
+    with errors():
+        study = _study(run)
+        study.attribute(force=force)
+        _show(study.run)
+
+
+@app.command()
+def ablate(
+    run: RunArg,
+    ks: Annotated[str, typer.Option(help="Points of the curve, comma-separated.")] = "0,1,2,4,8,16,32",
+    draws: Annotated[int, typer.Option(help="Draws of random heads.")] = 5,
+    force: Force = False,
+) -> None:
+    """Remove the top heads (zero, mean, resample) and random ones, and measure what is left."""
+    with errors():
+        try:
+            points = [int(k) for k in ks.split(",")]
+        except ValueError:
+            raise BkdattrError(f"--ks {ks!r}: expected whole numbers, e.g. 0,1,2,4") from None
+        study = _study(run)
+        study.ablate(ks=points, draws=draws, force=force)
+        _show(study.run)
+
+
+@app.command()
+def steer(
+    run: RunArg,
+    k: Annotated[int | None, typer.Option(help="Heads in the vector; default 3 % of all.")] = None,
+    strengths: Annotated[str, typer.Option(help="Strengths of the sweep, comma-separated.")] = "1,2,4",
+    draws: Annotated[int, typer.Option(help="Draws of each control.")] = 5,
+    force: Force = False,
+) -> None:
+    """Build the Backdoor Vector, choose its layer on the selection split, and measure both signs on the test split."""
+    with errors():
+        try:
+            numbers = [float(s) for s in strengths.split(",")]
+        except ValueError:
+            raise BkdattrError(f"--strengths {strengths!r}: expected numbers, e.g. 1,2,4") from None
+        study = _study(run)
+        study.steer(k=k, strengths=numbers, draws=draws, force=force)
+        _show(study.run)
+
+
+@app.command()
+def report(run: RunArg) -> None:
+    """Write results.json and report.html from the stages that are finished."""
+    with errors():
+        study = _study(run)
+        _report(study)
+
+
+def _report(study: Any) -> None:
+    from bkdattr.report import write_report
+
+    results = write_report(study.run, study.inputs)
+    _show(study.run, results)
+    say(f"wrote {study.run.folder / 'results.json'} and {study.run.folder / 'report.html'}")
+
+
+def _show(run: Run, results: dict[str, Any] | None = None) -> None:
+    from bkdattr.report import collect, print_summary
+
+    print_summary(results or collect(run), sys.stdout)
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Option(help="fixed-output, label-flip or jailbreak.")] = "fixed-output",
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/TASK-SEED.")] = None,
+    force: Force = False,
+) -> None:
+    """Everything for one task on the embedded model: plant, evaluate, probe, attribute, ablate, steer, report."""
+    with errors():
+        quiet_libraries()
+        from bkdattr.planting import Plan, plant
+        from bkdattr.stages import Study
+
+        run = plant(out or Path("runs") / f"{task}-{seed}", Plan("mini", task=task, seed=seed), force=force, say=say)
+        study = Study(run, say)
+        for stage in (study.evaluate, study.probe, study.attribute, study.ablate, study.steer):
+            stage(force=force)
+        _report(study)
+
+
+def main() -> None:
+    app()

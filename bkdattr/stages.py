@@ -1,0 +1,312 @@
+"""The stages of a run after `poison`, one method each: evaluate, probe, attribute, ablate, steer.
+
+Each takes the run's data and model, calls the methods, shows progress, keeps finished pieces in the run's ledger and
+writes one result file. A finished result with the same inputs and options is kept unless `force`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from bkdattr.ablation import CURVE, MODES, ablate, curve_ks, random_heads
+from bkdattr.architectures import HeadIndex
+from bkdattr.attribution import Attribution, Recipients, head_effects, summarise_effects
+from bkdattr.errors import BkdattrError
+from bkdattr.evaluation import Evaluation, Evaluator, Judged
+from bkdattr.examples import Example
+from bkdattr.metrics import Rate
+from bkdattr.model import Subject, load_subject
+from bkdattr.planting import model_path
+from bkdattr.poisoning import BackdoorSpec
+from bkdattr.probes import KINDS, ProbeSplit, States, probe_all
+from bkdattr.run import Run
+from bkdattr.traces import Traces, trace_prompts
+from bkdattr.vector import BackdoorVector, default_k
+
+PROBE_PROMPTS = 256
+STRENGTHS = (1.0, 2.0, 4.0)
+DRAWS = 5
+
+
+@dataclass(eq=False)
+class Study:
+    """A run opened for analysis: data and model are loaded once and shared by the stages.
+
+    `attributed_heads` below are always the run's own top heads; nothing here looks at the test split before it reports.
+    """
+
+    run: Run
+    say: Callable[[str], None] = print
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def subject(self) -> Subject:
+        config = self.run.config
+        if not self.run.adapter.exists():
+            raise BkdattrError(f"{self.run.adapter} is missing: planting did not finish; run `bkdattr poison` with the same options")
+        return load_subject(
+            model_path(config["model"]), self.run.adapter, dtype=getattr(torch, config.get("dtype", "float32")),
+            device=config.get("device", "cpu"), pad_token=config.get("pad_token"),
+        )  # fmt: skip
+
+    @cached_property
+    def spec(self) -> BackdoorSpec:
+        return self.run.spec
+
+    @cached_property
+    def splits(self) -> dict[str, list[Example]]:
+        return self.run.splits()
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        return self.run.inputs(self.subject.fingerprint)
+
+    @cached_property
+    def _evaluators(self) -> dict[str, Evaluator]:
+        return {}
+
+    def evaluator(self, split: str) -> Evaluator:
+        """One per split, so that identical evaluations are made once across stages."""
+        if split not in self._evaluators:
+            config = self.run.config
+            self._evaluators[split] = Evaluator(
+                self.subject, self.splits[split], self.spec, triggered=self.run.triggered(split),
+                labels=config["labels"], max_new_tokens=config["max_new_tokens"], batch_size=config["batch_size"],
+            )  # fmt: skip
+        return self._evaluators[split]
+
+    def eligible(self, split: str) -> tuple[list[Example], list[Example]]:
+        """(clean, triggered) twins of a split's eligible examples."""
+        triggered = [e for e in self.run.triggered(split) if e.eligible]
+        if not triggered:
+            raise BkdattrError(f"0 eligible examples in the {split} split; plant the run with larger sizes")
+        clean = {e.id: e for e in self.splits[split]}
+        return [self.spec.clean(clean[e.id]) for e in triggered], triggered
+
+    @cached_property
+    def donors(self) -> Traces:
+        """Triggered, eligible attribution prompts: where a head's backdoor z is averaged."""
+        return trace_prompts(self.subject, self.eligible("attribution")[1], batch_size=self.run.config["batch_size"])
+
+    @cached_property
+    def clean_traces(self) -> Traces:
+        """All clean attribution prompts: what mean and resample ablation put in."""
+        return trace_prompts(self.subject, self.splits["attribution"], batch_size=self.run.config["batch_size"])
+
+    @contextmanager
+    def _stage(self, name: str, options: dict[str, Any], force: bool) -> Iterator[dict[str, Any] | None]:
+        """Yield the dict to fill, or None where the result on disk has the same inputs and options."""
+        if self.run.has(name) and not force:
+            old = self.run.result(name)
+            if old.get("inputs") == self.inputs and old.get("options") == options:
+                self.say(f"{name}: up to date (--force runs it again)")
+                yield None
+                return
+        start, result = time.time(), dict[str, Any]()
+        yield result
+        head = {"inputs": self.inputs, "options": options, "seconds": round(time.time() - start, 2)}
+        self.run.save_result(name, head | result)
+
+    # ------------------------------------------------------------------------------------------ evaluate
+    def evaluate(self, *, force: bool = False) -> dict[str, Any]:
+        """Poisoned model and base side by side on the test split."""
+        with self._stage("evaluate", {}, force) as result:
+            if result is not None:
+                evaluator = self.evaluator("test")
+                with tqdm(total=2, desc="evaluate") as bar:
+                    poisoned = evaluator.run()
+                    bar.update()
+                    with self.subject.adapter_off():
+                        base = evaluator.run()
+                    bar.update()
+                result |= poisoned.to_json() | {"base": base.to_json(), "samples": _samples(poisoned, base)}
+        return self.run.result("evaluate", self.inputs)
+
+    # ------------------------------------------------------------------------------------------ probe
+    def probe(self, *, kinds: Sequence[str] = KINDS, force: bool = False) -> dict[str, Any]:
+        """Probes per layer with controls, on held-out eligible prompts (none of them trained on)."""
+        unknown = [k for k in kinds if k not in KINDS]
+        if unknown:
+            raise BkdattrError(f"probe kind {unknown[0]!r}: expected one of {', '.join(KINDS)}")
+        with self._stage("probe", {"kinds": list(kinds)}, force) as result:
+            if result is not None:
+                pairs = [self.eligible(s) for s in ("attribution", "selection", "test")]
+                clean = [e for c, _ in pairs for e in c][:PROBE_PROMPTS]
+                triggered = [e for _, t in pairs for e in t][:PROBE_PROMPTS]
+                ProbeSplit.of(len(clean), self.run.config["seed"])  # too few prompts: say so before the captures
+                fake = [self.spec.triggered(e, self.spec.fake_trigger) for e in clean]
+                poisoned = States(self._resid(clean), self._resid(triggered))
+                faked = States(poisoned.clean, self._resid(fake))
+                with self.subject.adapter_off():
+                    twin = States(self._resid(clean), self._resid(triggered))
+                found = probe_all(
+                    poisoned, faked, twin, kinds=kinds, seed=self.run.config["seed"], progress=partial(tqdm, desc="probe")
+                )
+                result["layers"] = [vars(p) for p in found.layers]
+                result["cross_layer"] = found.cross_layer
+                result["best"] = vars(found.best())
+                result["n_prompts"] = found.n_prompts
+                trigger, other = self.spec.trigger, self.spec.fake_trigger
+                result["triggers"] = {"trained": list(trigger.texts), "fake": list(other.texts) if other else None}
+        return self.run.result("probe", self.inputs)
+
+    def _resid(self, examples: list[Example]) -> np.ndarray:
+        return trace_prompts(self.subject, examples, batch_size=self.run.config["batch_size"]).resid_post.numpy()
+
+    # ------------------------------------------------------------------------------------------ attribute
+    def attribute(self, *, force: bool = False) -> dict[str, Any]:
+        """BAHA on the attribution split; finished heads are kept, an interrupted run goes on from them."""
+        with self._stage("attribute", {}, force) as result:
+            if result is not None:
+                clean, triggered = self.eligible("attribution")
+                recipients = Recipients.of(self.subject, clean)
+                ledger = self.run.ledger("attribute", self.inputs)
+                heads = self.subject.geometry.heads
+                todo = [h for h in heads if str(h) not in ledger]
+                if len(todo) < len(heads):
+                    self.say(f"attribute: {len(heads) - len(todo)} of {len(heads)} heads were finished before")
+                effects = head_effects(
+                    self.subject, recipients, self.donors.mean_z, heads=todo, batch_size=self.run.config["batch_size"]
+                )
+                for head, cie in tqdm(effects, desc="attribute", total=len(heads), initial=len(heads) - len(todo)):
+                    ledger.put(str(head), cie.tolist())
+                found = summarise_effects(
+                    {h: torch.tensor(ledger[str(h)]) for h in heads}, self.subject.geometry, len(triggered), self.subject.fingerprint
+                )
+                result["attributions"] = [found.to_json()]
+        return self.run.result("attribute", self.inputs)
+
+    @property
+    def attribution(self) -> Attribution:
+        return Attribution.from_json(self.run.result("attribute", self.inputs)["attributions"][0])
+
+    # ------------------------------------------------------------------------------------------ ablate
+    def ablate(self, *, ks: Sequence[int] = CURVE, draws: int = DRAWS, force: bool = False) -> dict[str, Any]:
+        """ASR, clean accuracy, false triggers and damage against k, attributed heads in three modes and random heads."""
+        if draws < 1 or any(k < 0 for k in ks):
+            raise BkdattrError(f"ablation curve: got ks={list(ks)} and {draws} draws, expected k >= 0 and at least 1 draw")
+        top, geometry, seed = self.attribution, self.subject.geometry, self.run.config["seed"]
+        with self._stage("ablate", {"ks": list(ks), "draws": draws, "top": [str(h) for h in top.top(32)]}, force) as result:
+            if result is not None:
+                points: list[tuple[str, str, int | None, list[HeadIndex]]] = []
+                for k in curve_ks(geometry, ks):
+                    points += [(mode, "attributed", None, top.top(k)) for mode in MODES]
+                    points += [("zero", "random", d, random_heads(geometry, k, d, seed)) for d in range(draws)]
+                ledger = self.run.ledger("ablate", {**self.inputs, "top": [str(h) for h in top.top(32)]})
+                rows = []
+                for mode, kind, draw, heads in tqdm(points, desc="ablate"):
+                    name = f"{mode}-{kind}-{draw}-{len(heads)}"
+                    if name not in ledger:
+                        clean = self.clean_traces if mode != "zero" else None
+                        rates = self.evaluator("test").run(ablate(heads, mode, clean, seed)).to_json()
+                        ledger.put(name, rates)
+                    head = {"mode": mode, "heads": kind, "draw": draw, "k": len(heads), "head_list": [str(h) for h in heads]}
+                    rows.append(head | ledger[name])
+                result["rows"] = rows
+        return self.run.result("ablate", self.inputs)
+
+    # ------------------------------------------------------------------------------------------ steer
+    def steer(
+        self, *, k: int | None = None, strengths: Sequence[float] = STRENGTHS, draws: int = DRAWS, force: bool = False
+    ) -> dict[str, Any]:
+        """Build the Backdoor Vector, choose layer and strength per sign on the selection split, report on the test split,
+        with random-head vectors and random directions at the same layer and strength."""
+        if not strengths or any(s <= 0 for s in strengths):
+            raise BkdattrError(f"strengths: got {list(strengths)}, expected positive numbers; the sign is the sweep's own")
+        top, subject = self.attribution, self.subject
+        k = default_k(len(subject.geometry.heads)) if k is None else k
+        options = {"k": k, "strengths": list(strengths), "draws": draws, "top": [str(h) for h in top.top(k)]}
+        with self._stage("steer", options, force) as result:
+            if result is not None:
+                vector = BackdoorVector.from_heads(subject, top.top(k), self.donors.mean_z)
+                sweep = self._sweep(vector, strengths, options)
+                chosen = {sign: best_point(sweep, sign) for sign in (1, -1)}
+                result |= {"kind": vector.kind, "k": k, "heads": [str(h) for h in vector.heads], "norm": vector.norm}
+                result |= self._both_signs(vector, chosen)
+                seed = self.run.config["seed"]
+                controls: dict[str, list[dict[str, Any]]] = {"random_heads": [], "random_direction": []}
+                for d in tqdm(range(draws), desc="steer controls"):
+                    heads = random_heads(subject.geometry, k, d, seed)
+                    twins = [
+                        BackdoorVector.from_heads(subject, heads, self.donors.mean_z, "random_heads"),
+                        vector.random_twin(np.random.default_rng([seed, d])),
+                    ]
+                    for twin in twins:
+                        row = {"draw": d, "heads": [str(h) for h in twin.heads], "norm": twin.norm}
+                        controls[twin.kind].append(row | self._both_signs(twin, chosen))
+                result |= {"controls": controls, "sweep": sweep, "samples": self._steered_samples(vector, chosen)}
+                vector.save(self.run.folder / "vector")
+        return self.run.result("steer", self.inputs)
+
+    def _sweep(self, vector: BackdoorVector, strengths: Sequence[float], options: dict[str, Any]) -> list[dict[str, Any]]:
+        ledger = self.run.ledger("steer", {**self.inputs, **options})
+        rows = []
+        points = [(l, s, g) for l in range(self.subject.geometry.n_layers) for s in strengths for g in (1, -1)]
+        for layer, strength, sign in tqdm(points, desc="steer sweep"):
+            name = f"{layer}-{strength}-{sign}"
+            if name not in ledger:
+                found = self._steered("selection", vector, layer, strength, sign)
+                ledger.put(name, {x: y for x, y in found.items() if x != "broken"})
+            rows.append({"layer": layer, "strength": strength, "sign": sign, "split": "selection"} | ledger[name])
+        return rows
+
+    def _run_vector(self, split: str, vector: BackdoorVector, layer: int, strength: float, sign: int) -> Evaluation:
+        parts = ("clean",) if sign > 0 else ("triggered", "clean")
+        return self.evaluator(split).run([vector.edit(layer, strength=strength, sign=sign)], parts)
+
+    def _steered(self, split: str, vector: BackdoorVector, layer: int, strength: float, sign: int) -> dict[str, Any]:
+        """Sign +1: ASR on clean eligible prompts; -1: on triggered ones. Clean accuracy under the same edit."""
+        found = self._run_vector(split, vector, layer, strength, sign)
+        rates = found.to_json()
+        asr, broken = (rates["false_trigger"], rates["broken"]) if sign > 0 else (rates["asr"], rates["broken_triggered"])
+        return {
+            "asr": asr, "clean_accuracy": rates["clean_accuracy"], "clean_agreement": rates["clean_agreement"],
+            "clean_logprob": rates["clean_logprob"], "broken": broken,
+        }  # fmt: skip
+
+    def _both_signs(self, vector: BackdoorVector, chosen: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        out = {}
+        for sign, name in ((1, "activate"), (-1, "suppress")):
+            layer, strength = chosen[sign]["layer"], chosen[sign]["strength"]
+            out[name] = {"layer": layer, "strength": strength} | self._steered("test", vector, layer, strength, sign)
+        return out
+
+    def _steered_samples(self, vector: BackdoorVector, chosen: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        found = {s: self._run_vector("test", vector, chosen[s]["layer"], chosen[s]["strength"], s) for s in (1, -1)}
+        eligible = [j for j in found[1].clean if j.example.eligible]
+        return {"activate": [_sample(j) for j in eligible[:5]], "suppress": [_sample(j) for j in found[-1].triggered[:5]]}
+
+
+def best_point(sweep: Sequence[dict[str, Any]], sign: int) -> dict[str, Any]:
+    """Highest ASR for +1, lowest for -1; ties to clean accuracy (or agreement), then the lower layer and strength."""
+
+    def rank(row: dict[str, Any]) -> tuple[float, float, int, float]:
+        clean = row["clean_accuracy"] or row["clean_agreement"]
+        return (-sign * row["asr"]["value"], -clean["value"] if clean else 0.0, row["layer"], row["strength"])
+
+    return min((r for r in sweep if r["sign"] == sign), key=rank)
+
+
+def mean_rate(rates: Sequence[dict[str, Any]]) -> Rate:
+    """Several draws as one rate: hits and totals added up."""
+    return Rate(sum(r["hits"] for r in rates), sum(r["total"] for r in rates))
+
+
+def _sample(judged: Judged) -> dict[str, Any]:
+    return judged.to_json()
+
+
+def _samples(poisoned: Evaluation, base: Evaluation, n: int = 5) -> dict[str, Any]:
+    return {
+        "triggered": [_sample(j) | {"base_answer": b.answer.text} for j, b in zip(poisoned.triggered[:n], base.triggered, strict=False)],
+        "clean": [_sample(j) | {"base_answer": b.answer.text} for j, b in zip(poisoned.clean[:n], base.clean, strict=False)],
+    }

@@ -1,0 +1,113 @@
+"""The Backdoor Vector: the summed contributions of the top heads, added to or taken from one layer at one position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from bkdattr.architectures import HeadIndex
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import write_atomic
+from bkdattr.interventions import AddVector, Site, edited
+from bkdattr.model import Subject
+from bkdattr.traces import head_contribution
+
+
+def default_k(n_heads_total: int) -> int:
+    """3 % of the heads, at least one (the paper's 32 of 1,024)."""
+    return max(1, round(0.03 * n_heads_total))
+
+
+@dataclass(frozen=True, eq=False)
+class BackdoorVector:
+    """v = sum over heads of W_O[l][:, h] @ zbar[l,h], means over triggered prompts (Yu et al., section on the vector).
+
+    `kind`: "raw", or the control it is ("random_heads", "random_direction"). Norm in units of the residual stream.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    heads: tuple[HeadIndex, ...]
+    fingerprint: str
+    kind: str = "raw"
+
+    @classmethod
+    def from_heads(
+        cls, subject: Subject, heads: Sequence[HeadIndex], mean_z: Float[Tensor, "layer head d_head"], kind: str = "raw"
+    ) -> BackdoorVector:
+        """Sum the heads' mean contributions; refuses families whose contribution is not the residual write."""
+        if not subject.architecture.writes_residual:
+            raise BkdattrError(
+                f"{subject.causal_lm.config.model_type} normalises behind the attention output projection, so a sum of head "
+                "contributions is not a residual write; use patching or ablation of z (attribute, ablate) there"
+            )
+        if not heads:
+            raise BkdattrError("a Backdoor Vector needs at least one head: got none")
+        parts = [head_contribution(subject, h, mean_z[h.layer, h.head]) for h in heads]
+        return cls(torch.stack(parts).sum(0).cpu(), tuple(heads), subject.fingerprint, kind)
+
+    @property
+    def norm(self) -> float:
+        return float(self.direction.norm())
+
+    def random_twin(self, rng: np.random.Generator) -> BackdoorVector:
+        """A random direction of the same norm (Gaussian, rescaled)."""
+        noise = torch.from_numpy(rng.standard_normal(len(self.direction))).float()
+        return replace(self, direction=noise * (self.norm / noise.norm()), heads=(), kind="random_direction")
+
+    def _same_model(self, other: BackdoorVector) -> None:
+        if other.fingerprint != self.fingerprint:
+            raise BkdattrError(f"vectors of two models cannot be mixed: {self.fingerprint} and {other.fingerprint}")
+
+    def __add__(self, other: BackdoorVector) -> BackdoorVector:
+        self._same_model(other)
+        heads = tuple(dict.fromkeys((*self.heads, *other.heads)))
+        return replace(self, direction=self.direction + other.direction, heads=heads, kind="combined")
+
+    def __sub__(self, other: BackdoorVector) -> BackdoorVector:
+        return self + (-1.0) * other
+
+    def __mul__(self, factor: float) -> BackdoorVector:
+        return replace(self, direction=self.direction * factor)
+
+    __rmul__ = __mul__
+
+    def edit(self, layer: int, *, strength: float = 1.0, sign: int = 1) -> AddVector:
+        """The one-point intervention as an edit: `out += sign * strength * v` at the last prompt token."""
+        if sign not in (1, -1):
+            raise BkdattrError(f"sign: got {sign}, expected 1 (activate) or -1 (suppress)")
+        return AddVector(Site(layer, "attention"), self.direction, sign * strength)
+
+    @contextmanager
+    def applied(self, subject: Subject, *, layer: int, strength: float = 1.0, sign: int = 1) -> Iterator[None]:
+        """Hold the vector in force around your own `model.generate(...)`, at each prompt's last token, prompt pass only."""
+        subject.check_fingerprint(self.fingerprint, "this Backdoor Vector")
+        with edited(subject, [self.edit(layer, strength=strength, sign=sign)]):
+            yield
+
+    def save(self, folder: str | Path) -> None:
+        """`vector.safetensors` + `vector.json` in `folder`."""
+        meta = {"heads": [str(h) for h in self.heads], "fingerprint": self.fingerprint, "kind": self.kind, "norm": self.norm}
+        write_atomic(Path(folder) / "vector.safetensors", save({"direction": self.direction.contiguous()}))
+        write_atomic(Path(folder) / "vector.json", json.dumps(meta, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, subject: Subject) -> BackdoorVector:
+        """Read a saved vector; refused on a model other than the one it was made with."""
+        meta: dict[str, Any] = {}
+        try:
+            meta = json.loads((Path(folder) / "vector.json").read_text())
+            direction = load_file(Path(folder) / "vector.safetensors")["direction"]
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise BkdattrError(f"{folder}: not a saved Backdoor Vector ({error}); expected vector.json and vector.safetensors") from None
+        subject.check_fingerprint(meta["fingerprint"], f"the Backdoor Vector in {folder}")
+        return cls(direction, tuple(HeadIndex.parse(h) for h in meta["heads"]), meta["fingerprint"], meta["kind"])
