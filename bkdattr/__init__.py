@@ -1,0 +1,42 @@
+"""bkdattr: open a backdoored language model up, and print the control beside every claim.
+
+The names below are loaded on first use, so that `import bkdattr` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Example": "examples", "Sizes": "examples", "read_examples": "examples", "split_examples": "examples",
+    "Prefix": "triggers", "Suffix": "triggers", "Wrap": "triggers", "RandomWord": "triggers",
+    "FixedOutput": "targets", "LabelFlip": "targets", "RefusalRemoval": "targets",
+    "BackdoorSpec": "poisoning", "poison": "poisoning",
+    "HeadIndex": "architectures", "Rate": "metrics",
+    "Subject": "model", "load_subject": "model",
+    "SetSite": "interventions", "ScaleSite": "interventions", "AddVector": "interventions", "Site": "interventions",
+    "Where": "interventions", "capture": "interventions", "edited": "interventions",
+    "generate": "inference", "response_logprob": "inference",
+    "trace_prompts": "traces", "contributions": "traces",
+    "LoraRecipe": "lora", "train_adapter": "lora",
+    "evaluate": "evaluation", "Evaluator": "evaluation",
+    "BackdoorProbe": "probes", "probe_all": "probes",
+    "Attribution": "attribution", "baha": "attribution",
+    "ablate": "ablation", "BackdoorVector": "vector", "to_transformer_lens": "lens",
+    "Plan": "planting", "plant": "planting", "Run": "run", "Study": "stages", "write_report": "report",
+    "BkdattrError": "errors",
+}  # fmt: skip
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bkdattr' has no attribute {name!r}")
+    value = getattr(import_module(f"bkdattr.{_HOME[name]}"), name)
+    globals()[name] = value  # `evaluate` the function, also after `bkdattr.evaluation` was imported
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -165,7 +165,6 @@ class _Call:
     where: Where | None = None
     offset: int = 0
     width: int = 0
-    in_generate: bool = False
     masks: dict[str, Tensor] = field(default_factory=dict)
 
     def before_body(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,9 +195,8 @@ class _Call:
 
 
 def _body(subject: Subject) -> Any:
-    """The decoder inside the causal LM: called once per forward pass, with the cache among its arguments."""
-    causal_lm = subject.causal_lm
-    return getattr(causal_lm, causal_lm.base_model_prefix)
+    """The module that owns the decoder layers: called once per forward pass, with the cache among its arguments."""
+    return subject.causal_lm.get_submodule(subject.architecture.layers.rpartition(".")[0])
 
 
 def _resolve_generate(call: _Call, subject: Subject, stack: ExitStack) -> None:

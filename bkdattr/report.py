@@ -81,6 +81,13 @@ def pooled(rates: list[Json | None]) -> Json | None:
     return Rate(sum(r["hits"] for r in known), sum(r["total"] for r in known)).to_json() if known else None
 
 
+def spread(rates: list[Json | None]) -> str:
+    """Draws share their prompts, so their mean comes with its range, not with an interval: `0.20 (125/640) 0.00..0.38`."""
+    mean = pooled(rates)
+    values = [r["value"] for r in rates if r]
+    return f"{show(mean, False)} {min(values):.2f}..{max(values):.2f}" if mean else "–"
+
+
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -101,7 +108,8 @@ def probe_table(p: Json) -> Table:
         keys = ("accuracy", "shuffled", "clean_twin", "fake_trigger", "clean_twin_transfer", "fake_trigger_transfer")
         rows.append([f"{kind}, layer {best['layer']}", *("–" if best[k] is None else f"{best[k]:.2f}" for k in keys)])
     columns = ["best layer", "accuracy", "shuffled", "clean twin", "fake trigger", "→ clean twin", "→ fake trigger"]
-    return "Backdoor Probe (accuracy; → is transfer without refit)", columns, rows
+    n = 2 * p["n_prompts"]["test"]
+    return f"Backdoor Probe (accuracy on {n} states; → is transfer without refit)", columns, rows
 
 
 def heads_table(a: Json) -> Table:
@@ -119,7 +127,7 @@ def ablation_table(rows: list[Json]) -> Table:
             out += [[str(k), f"top-k, {mode}", *(show(r[x], False) for x in _RATES)] for r in found]
         drawn = [r for r in rows if r["k"] == k and r["heads"] == "random"]
         if drawn:
-            out.append([str(k), f"random heads, zero ({len(drawn)} draws)", *(show(pooled([r[x] for r in drawn]), False) for x in _RATES)])
+            out.append([str(k), f"random heads, zero ({len(drawn)} draws)", *(spread([r[x] for r in drawn]) for x in _RATES)])
     return "Head ablation (test split)", ["k", "heads", "ASR", "clean accuracy", "false triggers", "broken"], out
 
 
@@ -133,7 +141,7 @@ def vector_table(v: Json) -> Table:
         where = f"layer {point['layer']}, strength {point['strength']:g}"
         rows.append([what, "Backdoor Vector", where, *(show(point[x], x == "asr") for x in ("asr", "clean_accuracy", "broken"))])
         for name, drawn in v["controls"].items():
-            rates = [show(pooled([d[side][x] for d in drawn]), x == "asr") for x in ("asr", "clean_accuracy", "broken")]
+            rates = [spread([d[side][x] for d in drawn]) for x in ("asr", "clean_accuracy", "broken")]
             rows.append([what, f"{name.replace('_', ' ')} ({len(drawn)} draws)", where, *rates])
     title = f"Backdoor Vector of {v['k']} heads ({', '.join(v['heads'])}), norm {v['norm']:.2f} (test split)"
     return title, ["", "direction", "chosen on selection", "ASR", "clean accuracy", "broken"], rows
@@ -190,14 +198,13 @@ def findings(results: Json) -> list[str]:
     if "vector" in results:
         v = results["vector"]
         for side, word, better in (("activate", "activates", max), ("suppress", "leaves", min)):
-            controls = {n: pooled([d[side]["asr"] for d in drawn]) for n, drawn in v["controls"].items()}
-            strongest = better(controls, key=lambda n: controls[n]["value"])  # type: ignore[index]
-            mine, other = v[side]["asr"], controls[strongest]
-            assert other is not None
+            draws = [(name, d[side]["asr"]) for name, drawn in v["controls"].items() for d in drawn]
+            name, other = better(draws, key=lambda d: d[1]["value"])
+            mine = v[side]["asr"]
             apart = mine["low"] > other["high"] if side == "activate" else mine["high"] < other["low"]
             out.append(
-                f"The Backdoor Vector {word} an ASR of {show(mine)}; its strongest control ({strongest.replace('_', ' ')}) "
-                f"{show(other)}: the intervals {'are apart' if apart else 'are NOT apart in the claimed direction'}."
+                f"The Backdoor Vector {word} an ASR of {show(mine)}; the strongest of its {len(draws)} control draws "
+                f"({name.replace('_', ' ')}) gives {show(other)}: the intervals {'are apart' if apart else 'are NOT apart'}."
             )
     return out
 
@@ -209,11 +216,11 @@ def _ablation_finding(results: Json) -> list[str]:
     if total is None or not attributed:
         return []
     near = min((r for r in attributed if r["mode"] == "zero"), key=lambda r: abs(r["k"] - 0.03 * total))
-    drawn = pooled([r["asr"] for r in rows if r["heads"] == "random" and r["k"] == near["k"]])
+    drawn = [r["asr"] for r in rows if r["heads"] == "random" and r["k"] == near["k"]]
     verdict = "reproduces" if near["asr"]["value"] <= 0.1 else "does NOT reproduce"
     return [
         f"Zero ablation of the top {near['k']} heads ({100 * near['k'] / total:.1f} % of {total}) leaves an ASR of {show(near['asr'])} at clean "
-        f"accuracy {show(near['clean_accuracy'])} and broken answers {show(near['broken'])}; {near['k']} random heads leave {show(drawn)}. This "
+        f"accuracy {show(near['clean_accuracy'])} and broken answers {show(near['broken'])}; {near['k']} random heads leave {spread(drawn)}. This "
         f"run {verdict} the paper's headline (about 3 % of the heads, ASR down by more than 90 %)."
     ]
 

@@ -23,7 +23,6 @@ from bkdattr.attribution import Attribution, Recipients, head_effects, summarise
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Evaluator, Judged
 from bkdattr.examples import Example
-from bkdattr.metrics import Rate
 from bkdattr.model import Subject, load_subject
 from bkdattr.planting import model_path
 from bkdattr.poisoning import BackdoorSpec
@@ -294,11 +293,6 @@ def best_point(sweep: Sequence[dict[str, Any]], sign: int) -> dict[str, Any]:
         return (-sign * row["asr"]["value"], -clean["value"] if clean else 0.0, row["layer"], row["strength"])
 
     return min((r for r in sweep if r["sign"] == sign), key=rank)
-
-
-def mean_rate(rates: Sequence[dict[str, Any]]) -> Rate:
-    """Several draws as one rate: hits and totals added up."""
-    return Rate(sum(r["hits"] for r in rates), sum(r["total"] for r in rates))
 
 
 def _sample(judged: Judged) -> dict[str, Any]:

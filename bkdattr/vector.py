@@ -76,7 +76,7 @@ class BackdoorVector:
     def __sub__(self, other: BackdoorVector) -> BackdoorVector:
         return self + (-1.0) * other
 
-    def __mul__(self, factor: float) -> BackdoorVector:
+    def __mul__(self, factor: float | int) -> BackdoorVector:
         return replace(self, direction=self.direction * factor)
 
     __rmul__ = __mul__
