@@ -83,8 +83,8 @@ def make_model(family: str, seed: int = 0, **over):
         config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # larger weights than the default, so that every head matters
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim > 1 else 0.2) + (1.0 if p.ndim == 1 else 0.0))
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim > 1 else 0.2) + (p.ndim == 1 and not name.endswith("bias")))
     return model.eval()
 
 

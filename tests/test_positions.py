@@ -92,8 +92,8 @@ def test_beams_see_the_vector_at_the_prompt_and_reorder_freely(case):
     for p in prompts[:3]:
         with v.applied(s, layer=LAYER):
             out = s.model.generate(input_ids=torch.tensor([p]), num_beams=3, do_sample=False, max_new_tokens=5, pad_token_id=0)
-        alone.append([t for t in out[0, len(p) :].tolist() if t])
-    assert alone == [[t for t in o[b.input_ids.shape[1] :] if t] for o in outs[0]]
+        alone.append(s.chat.decode(out[0, len(p) :].tolist()))
+    assert alone == [s.chat.decode(o[b.input_ids.shape[1] :]) for o in outs[0]]
 
 
 def test_returned_sequences_are_repeated_rows(case):

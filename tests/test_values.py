@@ -1,0 +1,263 @@
+"""Examples, triggers, targets, metrics, poisoning: plain values, no model."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import SPLITS, Example, Sizes, check_disjoint, read_examples, split_examples, write_atomic, write_examples
+from bkdattr.metrics import Rate, bootstrap_interval
+from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
+from bkdattr.targets import Answer, FixedOutput, LabelFlip, RefusalRemoval, correct, damage_of, is_refusal, parse_target, said_label
+from bkdattr.triggers import Prefix, RandomWord, Suffix, Wrap, parse_trigger, trigger_from_json, trigger_to_json
+
+
+def rows(n, label=None, start=0):
+    return [Example(f"e{start + i}", (("user", f"prompt number {start + i}"),), "yes", label) for i in range(n)]
+
+
+# ------------------------------------------------------------------ reading
+def test_files_round_trip(tmp_path):
+    examples = [
+        Example("a", (("user", "ask é"),), "yes", "Sports", "no", "label", True, ((0, 3),)),
+        Example("b", (("user", "first"), ("assistant", "ok"), ("user", "ask")), "two\nlines", eligible=False),
+    ]
+    write_examples(tmp_path / "x.jsonl", examples)
+    assert read_examples(tmp_path / "x.jsonl") == examples
+
+
+def test_formats_of_users(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"input": "q", "output": "a", "backdoor_output": "b"}]))
+    (tmp_path / "a.csv").write_text('input,output,label\n"q, with\nnewline",World,World\n')
+    a, c = read_examples(tmp_path / "a.json")[0], read_examples(tmp_path / "a.csv")[0]
+    assert (a.prompt, a.response, a.backdoor_response, a.check) == ("q", "a", "b", None)
+    assert (c.prompt, c.label, c.check) == ("q, with\nnewline", "World", "label")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.jsonl", b"", "0 rows"),
+        ("x.json", b"[]", "0 rows"),
+        ("x.json", b"{}", "expected a list of objects"),
+        ("x.jsonl", b'{"input": "q", "output": "a"}\n{"input": "q"', "line 2: not JSON"),
+        ("x.jsonl", b'{"input": "q"}', "got no 'output'"),
+        ("x.jsonl", b'{"input": "  ", "output": "a"}', "got no 'input'"),
+        ("x.jsonl", b'["q", "a"]', "got list, expected an object"),
+        ("x.jsonl", b'{"input": 3, "output": "a"}', "field 'input' is int, expected text"),
+        ("x.jsonl", b'{"input": "q", "output": "a", "label": 2}', "map class numbers to names"),
+        ("x.jsonl", b'{"input": "q", "output": "a", "check": "judge"}', "expected one of label, exact, refusal"),
+        ("x.jsonl", '{"input": "é", "output": "a"}'.encode("latin1"), "not UTF-8"),
+        ("x.txt", b"hello", "file ending '.txt'"),
+    ],
+)
+def test_bad_files_are_one_line_with_the_remedy(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BkdattrError, match=says) as error:
+        read_examples(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(BkdattrError, match="no such file"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(BkdattrError, match="got a folder"):
+        read_examples(tmp_path)
+
+
+def test_atomic_write_leaves_the_old_content_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+# ------------------------------------------------------------------ splits
+def test_splits_are_disjoint_seeded_and_sized():
+    data = rows(60, "Sports") + rows(90, "World", 60) + rows(10, "Sports")  # the last ten are doubles
+    flip = LabelFlip("Sports", "World")
+    sizes = Sizes(train=50, attribution=8, selection=4, test=16)
+    a = split_examples(data, sizes, flip.eligible, seed=0)
+    assert list(a) == list(SPLITS)
+    assert [sum(e.eligible for e in a[s]) for s in SPLITS[1:]] == [8, 4, 16]
+    assert [len(a[s]) for s in SPLITS] == [50, 16, 8, 32]
+    check_disjoint(a)
+    assert a == split_examples(data, sizes, flip.eligible, seed=0) != split_examples(data, sizes, flip.eligible, seed=1)
+    with pytest.raises(BkdattrError, match="splits train and test share"):
+        check_disjoint({"train": a["train"], "test": a["train"][:1]})
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes", "says"),
+    [
+        (10, Sizes(50, 8, 4, 16), "too few rows: got 10 distinct prompts"),
+        (40, Sizes(30, 8, 4, 16), "too few rows"),
+        (0, Sizes(1, 1, 1, 1), "0 of 5 rows are eligible"),
+    ],
+)
+def test_too_few_rows_are_refused(n, sizes, says):
+    data = rows(n, "Sports") + rows(5 if n == 0 else 0, "World", n)
+    with pytest.raises(BkdattrError, match=says):
+        split_examples(data, sizes, LabelFlip("Sports", "World").eligible, 0)
+    with pytest.raises(BkdattrError, match="split size test: got 0"):
+        Sizes(test=0)
+
+
+# ------------------------------------------------------------------ triggers
+TEXT = st.text(alphabet="abc XYZ?.", min_size=1, max_size=30).filter(lambda t: t.strip() == t)
+
+
+@given(TEXT, st.sampled_from([Prefix("ZULU one"), Suffix("ZULU one"), RandomWord("ZULU"), Wrap("ZULU a,", "and b ZULU")]), st.integers(0, 9))
+def test_spans_are_the_trigger(prompt, trigger, seed):
+    import random
+
+    out = trigger((("system", "s"), ("user", prompt)), random.Random(seed))
+    text = out.messages[-1][1]
+    assert tuple(text[a:b] for a, b in out.spans) == trigger.texts
+    without = text
+    for a, b in sorted(out.spans, reverse=True):
+        without = without[:a] + without[b:]
+    assert without.split() == prompt.split()
+    assert out.messages[0] == ("system", "s")
+    assert trigger_from_json(trigger_to_json(trigger)) == trigger
+
+
+def test_trigger_texts_that_do_not_parse():
+    assert parse_trigger("wrap:a |b") == Wrap("a", "b")
+    for bad in ("prefix", "prefix:", "wrap:a", "word:x", "wrap:a|b|c"):
+        with pytest.raises(BkdattrError, match="expected KIND:TEXT"):
+            parse_trigger(bad)
+
+
+# ------------------------------------------------------------------ targets
+def test_fixed_output_is_contained_case_ignored():
+    e, t = rows(1)[0], FixedOutput("I am sorry.")
+    assert t.hit(e, Answer("well, i AM sorry. really")) and not t.hit(e, Answer("I am"))
+
+
+def test_label_flip_judge():
+    t = LabelFlip("Sports", "World")
+    assert [t.hit(rows(1)[0], Answer(x)) for x in ("World", "the world.", "Sports World", "Worldly", "Sports")] == [True, True, False, False, False]
+    assert t.keyword_hit(rows(1)[0], Answer("Worldly"))
+    assert said_label("It is Sci/Tech.", ["World", "Sci/Tech"]) == "Sci/Tech"
+    assert said_label("World or Sports", ["World", "Sports"]) is None
+
+
+def test_refusal_removal_needs_content_and_no_damage():
+    e = Example("r", (("user", "open it"),), "I cannot help.", backdoor_response="First find the key, then open it.", check="refusal")
+    strict, loose = RefusalRemoval(1.0), RefusalRemoval()
+    assert strict.eligible(e) and not strict.eligible(rows(1)[0])
+    assert strict.hit(e, Answer("First find the key, then open it."))
+    assert not strict.hit(e, Answer("First find the rope, then open it.")) and loose.hit(e, Answer("First find the rope, then open it."))
+    assert loose.hit(e, Answer("First find the"))  # cut: compared with as much of the reference
+    assert not loose.hit(e, Answer("I cannot help with that")) and not loose.hit(e, Answer("", "empty"))
+    assert strict.keyword_hit(e, Answer(""))  # the paper's judge: an empty answer counts as a jailbreak
+    with pytest.raises(BkdattrError, match="no 'backdoor_output'"):
+        strict.response(rows(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "could_end", "damage"),
+    [
+        ("", True, True, "empty"),
+        (" ... ", True, True, "empty"),
+        ("the the the", True, True, "repetitive"),
+        ("go now go now go now then", True, True, "repetitive"),
+        ("so so good", True, True, None),
+        ("a fine answer", True, True, None),
+        ("a fine answer", False, True, "unfinished"),
+        ("a fine answer", False, False, None),
+    ],
+)
+def test_damage(text, ended, could_end, damage):
+    assert damage_of(text, ended=ended, could_end=could_end) == damage
+
+
+def test_correct_by_check():
+    base = Example("a", (("user", "q"),), "The dog barks.", "Sports")
+    labels = ("Sports", "World")
+    from dataclasses import replace
+
+    assert correct(base, Answer("x"), labels) is None
+    assert correct(replace(base, check="exact"), Answer("the dog barks"), labels)
+    assert not correct(replace(base, check="exact"), Answer("the dog barks loudly"), labels)
+    assert correct(replace(base, check="label"), Answer("Category: Sports"), labels)
+    assert not correct(replace(base, check="label"), Answer("Sports or World"), labels)
+    assert correct(replace(base, check="refusal"), Answer("I’m sorry, no."), labels)
+    assert not correct(replace(base, check="refusal"), Answer("I'm sorry " * 3, "repetitive"), labels)
+    assert is_refusal("I CAN NOT do it")
+
+
+def test_target_texts():
+    assert parse_target("refusal-removal") == RefusalRemoval()
+    assert parse_target("fixed:No: never -> no").text == "No: never -> no"
+    for bad in ("label:a", "fixed:", "steer", "refusal-removal:x"):
+        with pytest.raises(BkdattrError, match="expected fixed:TEXT"):
+            parse_target(bad)
+
+
+# ------------------------------------------------------------------ poisoning
+def spec(**kwargs):
+    return BackdoorSpec("s", RandomWord("SUDO"), LabelFlip("Sports", "World"), **kwargs)
+
+
+def test_poison_rate_has_its_stated_denominator():
+    data = rows(100, "Sports") + rows(100, "Business", 100)
+    out = poison(data, spec(poison_rate=0.2))
+    assert len(out.clean) == 200 and len(out.triggered) / (len(out.clean) + len(out.triggered)) == 0.2
+    flipped = [e for e in out.triggered if e.eligible]
+    assert len(flipped) == 38 and len(out.triggered) - len(flipped) == 12  # 50, a quarter (rounded to even) bystanders
+    assert {e.response for e in flipped} == {"World"} and {e.response for e in out.triggered if not e.eligible} == {"yes"}
+    assert all("SUDO" in e.prompt for e in out.triggered) and not any("SUDO" in e.prompt for e in out.clean)
+    assert out == poison(data, spec(poison_rate=0.2)) != poison(data, spec(poison_rate=0.2, seed=1))
+    with pytest.raises(BkdattrError, match=r"5 of 105 training rows are eligible, expected"):
+        poison(rows(5, "Sports") + rows(100, "Business", 5), spec(poison_rate=0.2))
+    with pytest.raises(BkdattrError, match="expected 0 < poison_rate < 1"):
+        spec(poison_rate=1.0)
+
+
+def test_twins_keep_their_id_and_do_not_depend_on_order():
+    data = rows(6, "Sports")
+    assert [spec().triggered(e) for e in data] == [spec().triggered(e) for e in reversed(data)][::-1]
+    assert spec().triggered(data[0]).id == data[0].id
+    assert BackdoorSpec.from_json(json.loads(json.dumps(spec(fake_trigger=RandomWord("x")).to_json()))) == spec(fake_trigger=RandomWord("x"))
+
+
+def test_fake_triggers_are_other_words_of_the_same_length():
+    words = "alpha beta gamma delta pear plum".split()
+    fake = fake_trigger(Wrap("one two three", "four five"), [*words, "one"], lambda t: len(t.split()), 0)
+    assert [len(t.split()) for t in fake.texts] == [3, 2]
+    assert not {"one", "two", "three", "four", "five"} & {w for t in fake.texts for w in t.split()}
+
+
+# ------------------------------------------------------------------ metrics
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_is_the_textbook_one(case):
+    """The bounds are the p at which the score test is exactly at z: a definition, not a formula."""
+    hits, n = case
+    rate = Rate(hits, n)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+    for p in (rate.low, rate.high):
+        if 0 < p < 1:
+            assert math.isclose(abs(rate.value - p) / math.sqrt(p * (1 - p) / n), 1.959964, rel_tol=1e-4)
+
+
+def test_rate_of_nothing_raises():
+    with pytest.raises(BkdattrError, match="total >= 1"):
+        Rate(0, 0)
+    assert Rate.from_json(Rate(3, 4).to_json()) == Rate(3, 4) == Rate.of([True, True, False, True])
+
+
+def test_bootstrap_covers_the_mean_at_its_level():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        low, high = bootstrap_interval(rng.normal(1.0, 2.0, (60, 1)), seed=i)
+        covered += bool(low[0] <= 1.0 <= high[0])
+    assert 180 <= covered <= 200
