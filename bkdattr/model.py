@@ -226,15 +226,19 @@ def check_adapter(causal_lm: nn.Module, adapter: str | Path) -> None:
     missing = sorted(set(expected) - set(got_shapes))
     unknown = sorted(set(got_shapes) - set(expected))
     wrong = sorted(k for k in set(expected) & set(got_shapes) if expected[k] != got_shapes[k])
-    if missing or unknown or wrong:
+    n_got, n_base = _layers(got_shapes), head_geometry(causal_lm).n_layers
+    partial = n_got != n_base and config.layers_to_transform is None and not isinstance(config.target_modules, str)
+    if missing or unknown or wrong or partial:
         if wrong:
             what = f"{wrong[0]} has shape {got_shapes[wrong[0]]}, this base needs {expected[wrong[0]]}"
         elif missing:
             what = f"{len(missing)} tensors that this base needs are missing, first {missing[0]}"
-        else:
+        elif unknown:
             what = f"{len(unknown)} tensors have no place in this base, first {unknown[0]}"
+        else:
+            what = "its list of modules ends there; if only some layers were meant, say so with layers_to_transform"
         raise BkdattrError(
-            f"{adapter}: an adapter for another base ({_layers(got_shapes)} layers, this base has {_layers(expected)}): "
+            f"{adapter}: an adapter for another base ({n_got} layers, this base has {n_base}): "
             f"{what}; give the base it was trained on ({config.base_model_name_or_path})"
         )
 
