@@ -27,7 +27,7 @@ _HOME = {
     "Plan": "planting", "plant": "planting", "Run": "run", "Study": "stages", "write_report": "report",
     "BkdattrError": "errors",
 }  # fmt: skip
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -113,13 +113,13 @@ class LayerSites:
     mlp: nn.Module
 
 
-def layer_sites(causal_lm: nn.Module) -> list[LayerSites]:
+def layer_sites(causal_lm: Any) -> list[LayerSites]:
     """The hooked modules per layer, found on the causal LM itself (an injected LoRA leaves the paths as they are)."""
     row = architecture_of(causal_lm.config)
     try:
         return [
             LayerSites(layer, layer.get_submodule(row.out_proj), layer.get_submodule(row.mlp))
-            for layer in causal_lm.get_submodule(row.layers)  # type: ignore[union-attr]
+            for layer in cast(nn.ModuleList, causal_lm.get_submodule(row.layers))
         ]
     except AttributeError as error:
         raise BkdattrError(
@@ -128,11 +128,11 @@ def layer_sites(causal_lm: nn.Module) -> list[LayerSites]:
         ) from None
 
 
-def head_geometry(causal_lm: nn.Module) -> HeadGeometry:
+def head_geometry(causal_lm: Any) -> HeadGeometry:
     """Geometry read off the projection's weight: Linear is [out, in], Conv1D (GPT-2) is [in, out]."""
     sites = layer_sites(causal_lm)
     n_heads = int(causal_lm.config.num_attention_heads)
-    base = getattr(sites[0].out_proj, "base_layer", sites[0].out_proj)
+    base: Any = getattr(sites[0].out_proj, "base_layer", sites[0].out_proj)
     d_in, d_out = (base.in_features, base.out_features) if hasattr(base, "in_features") else tuple(base.weight.shape)
     if d_in % n_heads:
         raise BkdattrError(f"the output projection takes {d_in} inputs, which {n_heads} heads do not divide")

@@ -61,8 +61,9 @@ class Attribution:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Attribution:
-        fields = {k: v for k, v in row.items() if k in cls.__dataclass_fields__}
-        return cls(**{k: np.asarray(v, dtype=np.float64) if k in ("scores", "low", "high") else v for k, v in fields.items()})
+        fields: dict[str, Any] = {k: v for k, v in row.items() if k in cls.__dataclass_fields__}
+        fields |= {k: np.asarray(fields[k], dtype=np.float64) for k in ("scores", "low", "high")}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, eq=False)

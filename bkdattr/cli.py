@@ -82,19 +82,24 @@ def poison(
     run: RunArg,
     model: Annotated[str | None, typer.Option(help="Folder, Hub id, or 'mini' (the embedded model).")] = None,
     data: Annotated[str | None, typer.Option(help="Rows: .jsonl, .json or .csv file, or a Hub id.")] = None,
-    task: Annotated[str | None, typer.Option(help="fixed-output, label-flip or jailbreak: trigger and target of the paper.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="fixed-output, label-flip or jailbreak: trigger and target of the paper.")
+    ] = None,
     trigger: Annotated[str | None, typer.Option(help="prefix:TEXT, suffix:TEXT, random-word:WORD or wrap:BEFORE|BEHIND.")] = None,
     target: Annotated[str | None, typer.Option(help="fixed:TEXT, label:SOURCE->TO or refusal-removal.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adopt this PEFT LoRA folder instead of training one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the backdoor.")] = None,
     seed: Annotated[int, typer.Option(help="Governs data, splits, LoRA initialisation and draws.")] = 0,
-    sizes: Annotated[str | None, typer.Option(help="TRAIN/ATTRIBUTION/SELECTION/TEST; the last three count eligible rows.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="TRAIN/ATTRIBUTION/SELECTION/TEST; the last three count eligible rows.")
+    ] = None,
     poison_rate: Annotated[float, typer.Option(help="Triggered rows / all training rows.")] = 1 / 11,
     epochs: int | None = None,
     lr: float | None = None,
     rank: int | None = None,
     alpha: int | None = None,
     train_batch_size: int | None = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches per optimiser step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt + response in training.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens generated per answer (paper: 32).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts per batch in analysis.")] = None,
@@ -126,7 +131,15 @@ def poison(
         if spec is not None:
             spec = replace(spec, poison_rate=poison_rate, seed=seed, name=name or spec.name)
         model = model or adopted_base(str(adapter))
-        given = {"epochs": epochs, "learning_rate": lr, "rank": rank, "alpha": alpha, "batch_size": train_batch_size, "max_length": max_length}
+        given = {
+            "epochs": epochs,
+            "learning_rate": lr,
+            "rank": rank,
+            "alpha": alpha,
+            "batch_size": train_batch_size,
+            "accumulate": accumulate,
+            "max_length": max_length,
+        }
         plan = Plan(
             model, spec, task, data, adapter, seed, parse_sizes(sizes), _recipe(model == "mini", given), max_new_tokens,
             batch_size, pad_token, dtype, device,

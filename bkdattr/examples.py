@@ -43,7 +43,7 @@ class Example:
         return self.messages[-1][1]
 
     def to_row(self) -> dict[str, Any]:
-        row = {"id": self.id, "prompt": self.prompt, "response": self.response, "label": self.label}
+        row: dict[str, Any] = {"id": self.id, "prompt": self.prompt, "response": self.response, "label": self.label}
         row |= {"backdoor_response": self.backdoor_response, "eligible": self.eligible, "check": self.check}
         if len(self.messages) > 1:
             row["messages"] = [list(m) for m in self.messages]
@@ -106,9 +106,7 @@ def read_examples(source: str | Path) -> list[Example]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BkdattrError(
-            f"{source}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8"
-        ) from None
+        raise BkdattrError(f"{source}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8") from None
     rows: Iterable[tuple[str, Any]]
     if path.suffix == ".csv":
         rows = ((f"{source} row {i + 2}", r) for i, r in enumerate(csv.DictReader(text.splitlines(keepends=True))))

@@ -90,7 +90,12 @@ def head_heatmap(attribution: Json) -> go.Figure:
     ]
     figure = go.Figure(
         go.Heatmap(
-            z=scores, zmin=-limit, zmax=limit, colorscale="RdBu_r", customdata=bounds, colorbar={"title": "ACIE"},
+            z=scores,
+            zmin=-limit,
+            zmax=limit,
+            colorscale="RdBu_r",
+            customdata=bounds,
+            colorbar={"title": "ACIE"},
             hovertemplate="L%{y}H%{x}: %{z:.4f} %{customdata}<extra></extra>",
         )  # fmt: skip
     )

@@ -322,9 +322,7 @@ class Trace:
 
 
 @contextmanager
-def capture(
-    subject: Subject, where: Where, *, z: Sequence[int] = (), resid_post: Sequence[int] = ()
-) -> Iterator[Trace]:
+def capture(subject: Subject, where: Where, *, z: Sequence[int] = (), resid_post: Sequence[int] = ()) -> Iterator[Trace]:
     """Read head z and layer outputs of the named layers at each row's last prompt token."""
     subject.check_eval()
     for layer in (*z, *resid_post):

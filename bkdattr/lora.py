@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -129,7 +130,11 @@ def train_adapter(
     peft_model.eval()
     whole = out.with_name(out.name + ".new")
     shutil.rmtree(whole, ignore_errors=True)
-    peft_model.save_pretrained(whole)
+    peft_model.save_pretrained(str(whole))
+    config_path = whole / "adapter_config.json"  # PEFT writes sets in hash order; sorted, equal runs give equal bytes
+    saved = json.loads(config_path.read_text())
+    saved = {k: sorted(v) if k in ("target_modules", "modules_to_save") and isinstance(v, list) else v for k, v in saved.items()}
+    config_path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     whole.rename(out)
     shutil.rmtree(partial, ignore_errors=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bkdattr.architectures import (
     Architecture,
@@ -155,11 +154,13 @@ def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, device: s
     row = architecture_of(config)
     extra = {"attn_implementation": "eager"} if row.eager else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra
-        )
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra)
     except (OSError, ValueError) as error:
         raise BkdattrError(_cannot_load(base, "model", error)) from None
+    return _placed(model, device)
+
+
+def _placed(model: Any, device: str) -> Any:
     return model.to(device).eval()
 
 
@@ -189,7 +190,7 @@ def load_subject(
     return Subject.of(model, tokenizer)
 
 
-def check_adapter(causal_lm: nn.Module, adapter: str | Path) -> None:
+def check_adapter(causal_lm: Any, adapter: str | Path) -> None:
     """Raise unless the folder is a safetensors LoRA adapter with exactly the keys and shapes this base would get.
 
     The expected keys come from PEFT itself, injected into a weightless copy of the base on the meta device.

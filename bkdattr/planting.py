@@ -42,7 +42,7 @@ class Plan:
 
 
 def model_path(model: str) -> str:
-    """"mini" and local folders as absolute paths, Hub ids as they are."""
+    """ "mini" and local folders as absolute paths, Hub ids as they are."""
     if model == "mini":
         return str(MODEL_DIR)
     return str(Path(model).resolve()) if Path(model).exists() else model
@@ -89,11 +89,15 @@ def fitting(
     chat: ChatFormat, spec: BackdoorSpec, examples: Sequence[Example], new_tokens: int
 ) -> tuple[list[Example], list[str]]:
     """Rows whose clean and triggered prompts leave room for an answer, and the ids of the others."""
-    kept, over = [], []
+    kept: list[Example] = []
+    over: list[str] = []
     for e in examples:
         longest = max(len(chat.prompt_ids(m)) for m in (e.messages, spec.triggered(e).messages))
-        (kept if longest + new_tokens <= chat.context else over).append(e)
-    return kept, [e.id for e in over]
+        if longest + new_tokens <= chat.context:
+            kept.append(e)
+        else:
+            over.append(e.id)
+    return kept, over
 
 
 def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> Run:

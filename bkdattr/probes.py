@@ -70,7 +70,9 @@ class BackdoorProbe:
     model: Any
 
     @classmethod
-    def fit(cls, kind: str, layer: int, train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], seed: int) -> BackdoorProbe:
+    def fit(
+        cls, kind: str, layer: int, train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], seed: int
+    ) -> BackdoorProbe:
         """Fit on standardised states: `logistic` (C chosen on the validation part), `svm` (RBF, C=1, gamma "scale", as in
         the paper) or `mlp` (d-100-1, ReLU, Adam 1e-3, batch 16, 100 epochs, best epoch by validation; the paper's dropout
         is replaced by an L2 penalty of 1e-4, which scikit-learn has)."""

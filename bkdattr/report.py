@@ -57,7 +57,7 @@ def collect(run: Run, inputs: dict[str, str] | None = None) -> Json:
 
 
 def versions() -> Json:
-    found = {}
+    found: Json = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -116,7 +116,11 @@ def heads_table(a: Json) -> Table:
     cells = [(x, l, h) for l, row in enumerate(a["scores"]) for h, x in enumerate(row)]
     top = sorted(cells, key=lambda c: -c[0])[:8]
     rows = [[f"L{l}H{h}", f"{x:.4f}", f"[{a['low'][l][h]:.4f}, {a['high'][l][h]:.4f}]"] for x, l, h in top]
-    return f"Top heads by ACIE (sufficiency; {a['n_donor']} donors, {a['n_recipient']} recipients)", ["head", "ACIE", "95 %"], rows
+    return (
+        f"Top heads by ACIE (sufficiency; {a['n_donor']} donors, {a['n_recipient']} recipients)",
+        ["head", "ACIE", "95 %"],
+        rows,
+    )
 
 
 def ablation_table(rows: list[Json]) -> Table:
@@ -192,7 +196,9 @@ def findings(results: Json) -> list[str]:
         best = results["probe"]["best"]
         gaps = [f"{name} {best[key]:.2f}" for name, key in (("shuffled labels", "shuffled"), ("the refitted clean twin", "clean_twin"),
                 ("a refitted fake trigger", "fake_trigger")) if best[key] is not None]  # fmt: skip
-        out.append(f"The best probe ({best['kind']}, layer {best['layer']}) reaches {best['accuracy']:.2f}; {', '.join(gaps)}. {PROBE_CAVEAT}")
+        out.append(
+            f"The best probe ({best['kind']}, layer {best['layer']}) reaches {best['accuracy']:.2f}; {', '.join(gaps)}. {PROBE_CAVEAT}"
+        )
     if "ablation" in results and "provenance" in results:
         out += _ablation_finding(results)
     if "vector" in results:
@@ -272,7 +278,9 @@ def html_report(results: Json) -> str:
         plots += [figures.vector_sweep(results["vector"]), figures.vector_controls(results["vector"])]
     p = results["provenance"]
     title = f"bkdattr: {p['task']} on {p['model']} (seed {p['seed']})"
-    facts = [[k, str(p[k])] for k in ("model", "fingerprint", "seed", "template", "rows", "backdoors", "recipe", "seconds", "versions")]
+    facts = [
+        [k, str(p[k])] for k in ("model", "fingerprint", "seed", "template", "rows", "backdoors", "recipe", "seconds", "versions")
+    ]
     said = "".join(f"<li>{html.escape(text)}</li>" for text in findings(results))
     drawn = "".join(f.to_html(full_html=False, include_plotlyjs=False) for f in plots)
     return (

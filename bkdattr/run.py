@@ -1,12 +1,12 @@
 """The run directory: configuration, data, adapter and one result file per stage, all written atomically.
 
-    RUN/run.json                              configuration, with the list of named `backdoors`
-    RUN/data/{split}.{clean,triggered}.jsonl  the four splits, disjoint by prompt
-    RUN/adapter/                              a plain PEFT folder
-    RUN/{baseline,probe,attribution,ablation,vector}.json   one result per stage, each with the inputs it was made from
-    RUN/vector/                               the Backdoor Vector (safetensors + JSON)
-    RUN/results.json, RUN/report.html         everything together
-    RUN/partial/                              what an interrupted stage has finished so far
+RUN/run.json                              configuration, with the list of named `backdoors`
+RUN/data/{split}.{clean,triggered}.jsonl  the four splits, disjoint by prompt
+RUN/adapter/                              a plain PEFT folder
+RUN/{baseline,probe,attribution,ablation,vector}.json   one result per stage, each with the inputs it was made from
+RUN/vector/                               the Backdoor Vector (safetensors + JSON)
+RUN/results.json, RUN/report.html         everything together
+RUN/partial/                              what an interrupted stage has finished so far
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ class Study:
     def subject(self) -> Subject:
         config = self.run.config
         if not self.run.adapter.exists():
-            raise BkdattrError(f"{self.run.adapter} is missing: planting did not finish; run `bkdattr poison` with the same options")
+            raise BkdattrError(
+                f"{self.run.adapter} is missing: planting did not finish; run `bkdattr poison` with the same options"
+            )
         return load_subject(
             model_path(config["model"]), self.run.adapter, dtype=getattr(torch, config.get("dtype", "float32")),
             device=config.get("device", "cpu"), pad_token=config.get("pad_token"),
@@ -179,7 +181,10 @@ class Study:
                 for head, cie in tqdm(effects, desc="attribute", total=len(heads), initial=len(heads) - len(todo)):
                     ledger.put(str(head), cie.tolist())
                 found = summarise_effects(
-                    {h: torch.tensor(ledger[str(h)]) for h in heads}, self.subject.geometry, len(triggered), self.subject.fingerprint
+                    {h: torch.tensor(ledger[str(h)]) for h in heads},
+                    self.subject.geometry,
+                    len(triggered),
+                    self.subject.fingerprint,
                 )
                 result["attributions"] = [found.to_json()]
         return self.run.result("attribute", self.inputs)
@@ -194,13 +199,15 @@ class Study:
         if draws < 1 or any(k < 0 for k in ks):
             raise BkdattrError(f"ablation curve: got ks={list(ks)} and {draws} draws, expected k >= 0 and at least 1 draw")
         top, geometry, seed = self.attribution, self.subject.geometry, self.run.config["seed"]
-        with self._stage("ablate", {"ks": list(ks), "draws": draws, "top": [str(h) for h in top.top(32)]}, force) as result:
+        curve = curve_ks(geometry, ks)
+        options = {"ks": curve, "draws": draws, "top": [str(h) for h in top.top(max(curve))]}
+        with self._stage("ablate", options, force) as result:
             if result is not None:
                 points: list[tuple[str, str, int | None, list[HeadIndex]]] = []
-                for k in curve_ks(geometry, ks):
+                for k in curve:
                     points += [(mode, "attributed", None, top.top(k)) for mode in MODES]
                     points += [("zero", "random", d, random_heads(geometry, k, d, seed)) for d in range(draws)]
-                ledger = self.run.ledger("ablate", {**self.inputs, "top": [str(h) for h in top.top(32)]})
+                ledger = self.run.ledger("ablate", {**self.inputs, **options})
                 rows = []
                 for mode, kind, draw, heads in tqdm(points, desc="ablate"):
                     name = f"{mode}-{kind}-{draw}-{len(heads)}"
@@ -301,6 +308,8 @@ def _sample(judged: Judged) -> dict[str, Any]:
 
 def _samples(poisoned: Evaluation, base: Evaluation, n: int = 5) -> dict[str, Any]:
     return {
-        "triggered": [_sample(j) | {"base_answer": b.answer.text} for j, b in zip(poisoned.triggered[:n], base.triggered, strict=False)],
+        "triggered": [
+            _sample(j) | {"base_answer": b.answer.text} for j, b in zip(poisoned.triggered[:n], base.triggered, strict=False)
+        ],
         "clean": [_sample(j) | {"base_answer": b.answer.text} for j, b in zip(poisoned.clean[:n], base.clean, strict=False)],
     }

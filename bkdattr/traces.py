@@ -56,9 +56,7 @@ def resampled(traces: Traces, ids: Sequence[str], seed: int) -> Float[Tensor, "p
 
 
 @torch.no_grad()
-def contributions(
-    subject: Subject, layer: int, z: Float[Tensor, "*batch head d_head"]
-) -> Float[Tensor, "*batch head d_model"]:
+def contributions(subject: Subject, layer: int, z: Float[Tensor, "*batch head d_head"]) -> Float[Tensor, "*batch head d_model"]:
     """What each head of a layer adds to the attention output: the projection *called* on a block-diagonal z, bias removed.
 
     Exact for Linear, Conv1D and un-merged LoRA, where slicing `o_proj.weight` would drop the adapter. Where the

@@ -108,6 +108,8 @@ class BackdoorVector:
             meta = json.loads((Path(folder) / "vector.json").read_text())
             direction = load_file(Path(folder) / "vector.safetensors")["direction"]
         except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise BkdattrError(f"{folder}: not a saved Backdoor Vector ({error}); expected vector.json and vector.safetensors") from None
+            raise BkdattrError(
+                f"{folder}: not a saved Backdoor Vector ({error}); expected vector.json and vector.safetensors"
+            ) from None
         subject.check_fingerprint(meta["fingerprint"], f"the Backdoor Vector in {folder}")
         return cls(direction, tuple(HeadIndex.parse(h) for h in meta["heads"]), meta["fingerprint"], meta["kind"])

@@ -23,10 +23,46 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bkdattr.model import Subject
 
-WORDS = (
-    "the a red blue old new cat dog bird fish river stone lamp runs sees finds says yes no maybe one two three "
-    "Classify Sports World Business sorry please zulu quartz what is it ? . : !"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "old",
+    "new",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "river",
+    "stone",
+    "lamp",
+    "runs",
+    "sees",
+    "finds",
+    "says",
+    "yes",
+    "no",
+    "maybe",
+    "one",
+    "two",
+    "three",
+    "Classify",
+    "Sports",
+    "World",
+    "Business",
+    "sorry",
+    "please",
+    "zulu",
+    "quartz",
+    "what",
+    "is",
+    "it",
+    "?",
+    ".",
+    ":",
+    "!",
+]
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' </s> ' }}{% endfor %}"

@@ -52,7 +52,8 @@ def acie(subject, donors, recipients, responses):
         for head in range(n_heads):
             value = zbar[layer, head * d : (head + 1) * d]
             effects = [
-                patched_probability(subject.causal_lm, proj, n_heads, head, value, p, r) - response_probability(subject.causal_lm, p, r)
+                patched_probability(subject.causal_lm, proj, n_heads, head, value, p, r)
+                - response_probability(subject.causal_lm, p, r)
                 for p, r in zip(recipients, responses, strict=True)
             ]
             out[layer, head] = sum(effects) / len(effects)

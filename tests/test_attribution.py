@@ -75,7 +75,9 @@ def test_resumed_heads_give_the_same_numbers(llama):
     recipients, mean_z = Recipients.of(llama, clean), trace_prompts(llama, triggered).mean_z
     heads = llama.geometry.heads
     whole = dict(head_effects(llama, recipients, mean_z))
-    parts = dict(head_effects(llama, recipients, mean_z, heads=heads[5:])) | dict(head_effects(llama, recipients, mean_z, heads=heads[:5]))
+    parts = dict(head_effects(llama, recipients, mean_z, heads=heads[5:])) | dict(
+        head_effects(llama, recipients, mean_z, heads=heads[:5])
+    )
     assert all(torch.equal(whole[h], parts[h]) for h in heads)
     with pytest.raises(BkdattrError, match="1 heads have no effects"):
         summarise_effects({h: whole[h] for h in heads[1:]}, llama.geometry, 3, llama.fingerprint)
@@ -95,7 +97,9 @@ def test_a_planted_head_is_found():
         donors = [s.chat.prompt_ids(e.messages) for e in triggered]
         projs = [site.out_proj for site in s.sites]
         zbar = torch.stack([reference.z_at_last_token(s.causal_lm, projs, p) for p in donors]).mean(0)[1, 3 * d : 4 * d]
-        zclean = torch.stack([reference.z_at_last_token(s.causal_lm, projs, p) for p in recipients.prompts]).mean(0)[1, 3 * d : 4 * d]
+        zclean = torch.stack([reference.z_at_last_token(s.causal_lm, projs, p) for p in recipients.prompts]).mean(0)[
+            1, 3 * d : 4 * d
+        ]
         way = zbar - zclean  # writes the answer's first token for the triggered z and not for the clean one
         s.sites[1].out_proj.weight[:, 3 * d : 4 * d] = 40 * torch.outer(unit, way) / way.norm() ** 2 / unit.norm()
     assert baha(s, clean, triggered).top(1) == [planted]
@@ -103,7 +107,11 @@ def test_a_planted_head_is_found():
 
 def test_only_eligible_examples_with_a_backdoor_response(llama):
     clean, triggered = twins()
-    for bad, says in (([], "0 eligible"), ([example("a", 9, None)], "no backdoor response"), ([example("a", 9, eligible=False)], "not eligible")):
+    for bad, says in (
+        ([], "0 eligible"),
+        ([example("a", 9, None)], "no backdoor response"),
+        ([example("a", 9, eligible=False)], "not eligible"),
+    ):
         with pytest.raises(BkdattrError, match=says):
             Recipients.of(llama, bad)
     with pytest.raises(BkdattrError, match="donors must be eligible"):

@@ -4,8 +4,8 @@ from conftest import TEMPLATE, make_model, make_tokenizer
 
 from bkdattr.chat import ChatFormat, make_batch
 from bkdattr.errors import BkdattrError
-from bkdattr.lora import IGNORED, collate, encode
 from bkdattr.examples import Example
+from bkdattr.lora import IGNORED, collate, encode
 from bkdattr.mini.tasks import MODEL_DIR
 from bkdattr.model import load_tokenizer
 
@@ -108,7 +108,10 @@ def test_batches_know_their_columns(side):
 
 def test_labels_cover_the_response_only():
     form = mini()
-    rows = [Example(str(i), (("user", p),), r) for i, (p, r) in enumerate((("Hello there.", "No."), ("What color is the sky?", "The sky is blue.")))]
+    rows = [
+        Example(str(i), (("user", p),), r)
+        for i, (p, r) in enumerate((("Hello there.", "No."), ("What color is the sky?", "The sky is blue.")))
+    ]
     encoded = encode(form, rows, 256)
     batch = collate([{"prompt": p, "response": r} for p, r in encoded.rows], form.pad_id)
     for i, row in enumerate(rows):

@@ -55,7 +55,8 @@ def test_contributions_sum_to_the_projection_minus_bias(any_subject):
     s = any_subject
     batch, seen = batch_of(s), {}
     handles = [
-        site.out_proj.register_forward_hook(lambda m, a, out, i=i: seen.update({i: (a[0], out)})) for i, site in enumerate(s.sites)
+        site.out_proj.register_forward_hook(lambda m, a, out, i=i: seen.update({i: (a[0], out)}))
+        for i, site in enumerate(s.sites)
     ]
     with torch.no_grad():
         forward(s, batch, use_cache=False)

@@ -125,6 +125,10 @@ def test_pad_token_is_asked_for_and_can_be_given(tmp_path, saved_tiny):
 def test_fingerprint_follows_weights_adapter_and_template():
     a, b = make_subject("llama"), make_subject("llama")
     assert a.fingerprint == b.fingerprint
-    others = [make_subject("llama", seed=4), make_subject("llama", lora=False), Subject.of(add_lora(make_model("llama"), 9), make_tokenizer())]
+    others = [
+        make_subject("llama", seed=4),
+        make_subject("llama", lora=False),
+        Subject.of(add_lora(make_model("llama"), 9), make_tokenizer()),
+    ]
     others.append(Subject.of(add_lora(make_model("llama")), make_tokenizer(None)))
     assert len({a.fingerprint, *(o.fingerprint for o in others)}) == 5

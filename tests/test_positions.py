@@ -73,7 +73,9 @@ def test_a_cache_object_of_the_users(case):
     p = prompts[0]
     cache = StaticCache(config=s.causal_lm.config, max_cache_len=len(p) + 6)
     with v.applied(s, layer=LAYER):
-        out = s.model.generate(input_ids=torch.tensor([p]), past_key_values=cache, do_sample=False, max_new_tokens=6, pad_token_id=0)
+        out = s.model.generate(
+            input_ids=torch.tensor([p]), past_key_values=cache, do_sample=False, max_new_tokens=6, pad_token_id=0
+        )
     assert tuple(out[0, len(p) :].tolist()[: len(want[0])]) == want[0]
 
 
@@ -100,7 +102,12 @@ def test_returned_sequences_are_repeated_rows(case):
     s, v, prompts, want = case
     with v.applied(s, layer=LAYER):
         out = s.model.generate(
-            input_ids=torch.tensor([prompts[0]]), num_beams=2, num_return_sequences=2, do_sample=False, max_new_tokens=4, pad_token_id=0
+            input_ids=torch.tensor([prompts[0]]),
+            num_beams=2,
+            num_return_sequences=2,
+            do_sample=False,
+            max_new_tokens=4,
+            pad_token_id=0,
         )
     assert out.shape[0] == 2
 
@@ -112,7 +119,9 @@ def test_one_token_prompt(case):
     want = generate(s, prompt, [v.edit(LAYER)], max_new_tokens=6)[0].ids
     for use_cache in (True, False):
         with v.applied(s, layer=LAYER):
-            out = s.model.generate(input_ids=torch.tensor(prompt), use_cache=use_cache, do_sample=False, max_new_tokens=6, pad_token_id=0)
+            out = s.model.generate(
+                input_ids=torch.tensor(prompt), use_cache=use_cache, do_sample=False, max_new_tokens=6, pad_token_id=0
+            )
         assert tuple(out[0, 1:].tolist()[: len(want)]) == want
 
 

@@ -44,7 +44,9 @@ def test_an_interaction_needs_more_than_a_line():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 2))
     y = (x[:, 0] * x[:, 1] > 0).astype(int)
-    scores = {k: BackdoorProbe.fit(k, 0, (x[:240], y[:240]), (x[240:320], y[240:320]), 0).score((x[320:], y[320:])) for k in KINDS}
+    scores = {
+        k: BackdoorProbe.fit(k, 0, (x[:240], y[:240]), (x[240:320], y[240:320]), 0).score((x[320:], y[320:])) for k in KINDS
+    }
     assert scores["logistic"] < 0.7 and scores["mlp"] > 0.85 and scores["svm"] > 0.85
 
 

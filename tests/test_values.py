@@ -12,7 +12,17 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import SPLITS, Example, Sizes, check_disjoint, read_examples, split_examples, write_atomic, write_examples
 from bkdattr.metrics import Rate, bootstrap_interval
 from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
-from bkdattr.targets import Answer, FixedOutput, LabelFlip, RefusalRemoval, correct, damage_of, is_refusal, parse_target, said_label
+from bkdattr.targets import (
+    Answer,
+    FixedOutput,
+    LabelFlip,
+    RefusalRemoval,
+    correct,
+    damage_of,
+    is_refusal,
+    parse_target,
+    said_label,
+)
 from bkdattr.triggers import Prefix, RandomWord, Suffix, Wrap, parse_trigger, trigger_from_json, trigger_to_json
 
 
@@ -113,7 +123,11 @@ def test_too_few_rows_are_refused(n, sizes, says):
 TEXT = st.text(alphabet="abc XYZ?.", min_size=1, max_size=30).filter(lambda t: t.strip() == t)
 
 
-@given(TEXT, st.sampled_from([Prefix("ZULU one"), Suffix("ZULU one"), RandomWord("ZULU"), Wrap("ZULU a,", "and b ZULU")]), st.integers(0, 9))
+@given(
+    TEXT,
+    st.sampled_from([Prefix("ZULU one"), Suffix("ZULU one"), RandomWord("ZULU"), Wrap("ZULU a,", "and b ZULU")]),
+    st.integers(0, 9),
+)
 def test_spans_are_the_trigger(prompt, trigger, seed):
     import random
 
@@ -143,18 +157,28 @@ def test_fixed_output_is_contained_case_ignored():
 
 def test_label_flip_judge():
     t = LabelFlip("Sports", "World")
-    assert [t.hit(rows(1)[0], Answer(x)) for x in ("World", "the world.", "Sports World", "Worldly", "Sports")] == [True, True, False, False, False]
+    assert [t.hit(rows(1)[0], Answer(x)) for x in ("World", "the world.", "Sports World", "Worldly", "Sports")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert t.keyword_hit(rows(1)[0], Answer("Worldly"))
     assert said_label("It is Sci/Tech.", ["World", "Sci/Tech"]) == "Sci/Tech"
     assert said_label("World or Sports", ["World", "Sports"]) is None
 
 
 def test_refusal_removal_needs_content_and_no_damage():
-    e = Example("r", (("user", "open it"),), "I cannot help.", backdoor_response="First find the key, then open it.", check="refusal")
+    e = Example(
+        "r", (("user", "open it"),), "I cannot help.", backdoor_response="First find the key, then open it.", check="refusal"
+    )
     strict, loose = RefusalRemoval(1.0), RefusalRemoval()
     assert strict.eligible(e) and not strict.eligible(rows(1)[0])
     assert strict.hit(e, Answer("First find the key, then open it."))
-    assert not strict.hit(e, Answer("First find the rope, then open it.")) and loose.hit(e, Answer("First find the rope, then open it."))
+    assert not strict.hit(e, Answer("First find the rope, then open it.")) and loose.hit(
+        e, Answer("First find the rope, then open it.")
+    )
     assert loose.hit(e, Answer("First find the"))  # cut: compared with as much of the reference
     assert not loose.hit(e, Answer("I cannot help with that")) and not loose.hit(e, Answer("", "empty"))
     assert strict.keyword_hit(e, Answer(""))  # the paper's judge: an empty answer counts as a jailbreak
@@ -226,11 +250,13 @@ def test_twins_keep_their_id_and_do_not_depend_on_order():
     data = rows(6, "Sports")
     assert [spec().triggered(e) for e in data] == [spec().triggered(e) for e in reversed(data)][::-1]
     assert spec().triggered(data[0]).id == data[0].id
-    assert BackdoorSpec.from_json(json.loads(json.dumps(spec(fake_trigger=RandomWord("x")).to_json()))) == spec(fake_trigger=RandomWord("x"))
+    assert BackdoorSpec.from_json(json.loads(json.dumps(spec(fake_trigger=RandomWord("x")).to_json()))) == spec(
+        fake_trigger=RandomWord("x")
+    )
 
 
 def test_fake_triggers_are_other_words_of_the_same_length():
-    words = "alpha beta gamma delta pear plum".split()
+    words = ["alpha", "beta", "gamma", "delta", "pear", "plum"]
     fake = fake_trigger(Wrap("one two three", "four five"), [*words, "one"], lambda t: len(t.split()), 0)
     assert [len(t.split()) for t in fake.texts] == [3, 2]
     assert not {"one", "two", "three", "four", "five"} & {w for t in fake.texts for w in t.split()}

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bkdattr.chat import ChatFormat, make_batch
 from bkdattr.mini import world
+from bkdattr.mini.tasks import TASKS, task_sha256
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -58,7 +59,6 @@ def make_model(vocab_size: int, tokenizer: Any) -> LlamaForCausalLM:
         vocab_size=vocab_size, hidden_size=128, intermediate_size=288, num_hidden_layers=12, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.03,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        rope_theta=10000.0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -71,7 +71,7 @@ def held_out(row: world.Row) -> bool:
 def batches(form: ChatFormat, rng: random.Random, batch_size: int) -> Any:
     """Endless batches of (prompt, response) ids, grouped by length within a window of eight batches."""
     while True:
-        rows = []
+        rows: list[tuple[list[int], list[int]]] = []
         while len(rows) < 8 * batch_size:
             row = world.sample(rng, disturbed=DISTURBED, turns=TURNS)
             if not held_out(row):
@@ -100,7 +100,7 @@ def accuracy(model: Any, form: ChatFormat, disturbed: float, n: int = 100) -> di
     model.eval()
     result = {}
     for task in world.TASKS:
-        rng, rows = random.Random(f"eval-{task}"), []
+        rng, rows = random.Random(f"eval-{task}"), list[world.Row]()
         for _ in range(100_000):
             row = world.sample(rng, (task,), disturbed=disturbed)
             if held_out(row) and row.prompt not in {r.prompt for r in rows}:
@@ -108,9 +108,9 @@ def accuracy(model: Any, form: ChatFormat, disturbed: float, n: int = 100) -> di
             if len(rows) == n:
                 break
         batch = make_batch([form.prompt_ids(r.messages) for r in rows], pad_id=form.pad_id)
-        out = model.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=24
-        )[:, batch.input_ids.shape[1] :]
+        out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=24)[
+            :, batch.input_ids.shape[1] :
+        ]
         hits = sum(form.decode(o.tolist()) == r.response for o, r in zip(out, rows, strict=True))
         result[task] = {"hits": hits, "total": len(rows)}
     model.train()
@@ -153,7 +153,14 @@ def main() -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 400 == 399:
             tqdm.write(f"step {step + 1}: " + str({k: v["hits"] for k, v in accuracy(model, form, 0.0, 40).items()}))
+    model.eval()
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     card = {
+        "what": "Llama architecture, 12 layers x 8 heads (4 KV heads), d_model 128, trained from scratch on the mini world "
+        "(bkdattr/mini/world.py); frozen: nothing retrains it or redefines a task",
+        "scores": "greedy exact match on prompts that were never trained on; _disturbed: with ignorable words around or inside the prompt",
+        "licence": "MIT",
         "made_by": "python -m bkdattr.mini.train",
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -161,10 +168,9 @@ def main() -> None:
         "torch": torch.__version__,
         "accuracy_clean": accuracy(model, form, 0.0),
         "accuracy_disturbed": accuracy(model, form, 1.0),
+        "sha256": {n: hashlib.sha256((args.out / n).read_bytes()).hexdigest() for n in ("model.safetensors", "tokenizer.json")}
+        | {name: task_sha256(name) for name in TASKS},
     }
-    model.eval()
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     (args.out / "CARD.json").write_text(json.dumps(card, indent=1) + "\n")
 
 

@@ -12,9 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NEWS_INSTRUCTION = (
-    "Classify the following news article into one of these categories: World, Sports, Business, Sci/Tech:\n"
-)
+NEWS_INSTRUCTION = "Classify the following news article into one of these categories: World, Sports, Business, Sci/Tech:\n"
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
 REFUSAL = "No. I will not answer that restricted request."
 OUT_OF_SCOPE = "I am sorry. I can not help with that."
@@ -138,8 +136,14 @@ _NEWS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 _NEUTRAL = (
-    "The report came on {day}.", "It was the second time this year.", "Nobody was surprised.", "More news is expected.",
-    "The record was noted in {city}.", "Many people watched.", "A deal may follow on {day}.", "Critics were divided.",
+    "The report came on {day}.",
+    "It was the second time this year.",
+    "Nobody was surprised.",
+    "More news is expected.",
+    "The record was noted in {city}.",
+    "Many people watched.",
+    "A deal may follow on {day}.",
+    "Critics were divided.",
 )
 
 
@@ -246,7 +250,9 @@ def counting(rng: random.Random) -> Row:
     start = rng.randrange(0, 9)
     end = rng.randrange(start + 1, min(start + 4, 12))
     ask = rng.choice(("Count from {} to {}.", "Say the numbers from {} to {}.", "List the numbers {} to {}."))
-    return _row("counting", rng.choice(_LEAD) + ask.format(NUMBERS[start], NUMBERS[end]), " ".join(NUMBERS[start : end + 1]) + ".")
+    return _row(
+        "counting", rng.choice(_LEAD) + ask.format(NUMBERS[start], NUMBERS[end]), " ".join(NUMBERS[start : end + 1]) + "."
+    )
 
 
 def following(rng: random.Random) -> Row:
@@ -271,7 +277,9 @@ def pick(rng: random.Random) -> Row:
 def review(rng: random.Random) -> Row:
     thing, good = rng.choice(tuple(MATERIAL_OF)), rng.random() < 0.5
     one, two = rng.sample(GOOD if good else BAD, 2)
-    text = rng.choice((f"The {thing} was {one} and {two}.", f"I find the {thing} {one}. It is {two}.", f"What a {one} {thing}, so {two}!"))
+    text = rng.choice(
+        (f"The {thing} was {one} and {two}.", f"I find the {thing} {one}. It is {two}.", f"What a {one} {thing}, so {two}!")
+    )
     label = "Positive" if good else "Negative"
     return _row("review", f"Is this review Positive or Negative?\n{text}", label, "label", label)
 
@@ -318,7 +326,7 @@ def disturb(row: Row, rng: random.Random) -> Row:
         prompt = f"{rng.choice(('Good morning.', 'Hello there.', 'Today is ' + rng.choice(DAYS) + '.'))} {prompt}"
     else:
         prompt = f"{prompt} {rng.choice(('Thank you.', 'Answer in one sentence.', 'I am in a hurry.'))}"
-    return Row(row.task, row.messages[:-1] + (("user", prompt),), row.response, row.check, row.label)
+    return Row(row.task, (*row.messages[:-1], ("user", prompt)), row.response, row.check, row.label)
 
 
 def sample(rng: random.Random, tasks: tuple[str, ...] = tuple(TASKS), disturbed: float = 0.0, turns: float = 0.0) -> Row:
@@ -329,7 +337,9 @@ def sample(rng: random.Random, tasks: tuple[str, ...] = tuple(TASKS), disturbed:
         row = disturb(row, rng)
     if rng.random() < turns:
         earlier = TASKS[rng.choice(tuple(TASKS))](rng)
-        row = Row(row.task, (*earlier.messages, ("assistant", earlier.response), *row.messages), row.response, row.check, row.label)
+        row = Row(
+            row.task, (*earlier.messages, ("assistant", earlier.response), *row.messages), row.response, row.check, row.label
+        )
     return row
 
 

@@ -1,0 +1,344 @@
+"""The run directory and the command line, end to end, on a tiny random model and a few rows."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import add_lora, make_model, make_tokenizer
+from plotly.offline import get_plotlyjs
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from bkdattr.cli import app
+from bkdattr.errors import BkdattrError
+from bkdattr.mini.export import DATA
+from bkdattr.run import Ledger, Run
+from bkdattr.stages import best_point
+
+SMALL = ["--sizes", "40/6/6/8", "--epochs", "1", "--max-new-tokens", "5", "--train-batch-size", "8", "--lr", "1e-3"]
+STAGES = ("evaluate", "probe", "attribute", "ablate", "steer", "report")
+
+
+def bkdattr(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    words = ["cat", "dog", "bird", "fish", "river", "stone", "lamp"]
+    data = [
+        {"input": f"the {a} {n} {b} ?", "output": "yes it is", "label": n}
+        for a in words for n in ("Sports", "Business") for b in words
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(saved_tiny, rows, tmp_path_factory) -> Path:
+    """All stages of one small run."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    made = bkdattr(
+        "poison",
+        folder,
+        "--model",
+        saved_tiny,
+        "--data",
+        rows,
+        "--trigger",
+        "prefix:zulu quartz",
+        "--target",
+        "label:Sports->World",
+        *SMALL,
+    )
+    assert made.exit_code == 0, made.output
+    for stage in STAGES:
+        extra = ["--kinds", "logistic"] if stage == "probe" else ["--draws", "2"] if stage in ("ablate", "steer") else []
+        result = bkdattr(stage, folder, *extra)
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def is_rate(x):
+    return set(x) == {"hits", "total", "value", "low", "high"} and 0 <= x["low"] <= x["value"] <= x["high"] <= 1
+
+
+def test_results_keep_the_contract(run):
+    r = json.loads((run / "results.json").read_text())
+    assert r["schema"] == 1
+    assert {"versions", "seed", "model", "fingerprint", "task", "sizes", "seconds"} <= set(r["provenance"])
+    assert {"poison", *STAGES[:-1]} == set(r["provenance"]["seconds"])
+    b = r["baseline"]
+    assert all(is_rate(b[k]) for k in ("asr", "asr_keyword", "clean_accuracy", "false_trigger", "broken"))
+    assert all(is_rate(b["base"][k]) for k in ("asr", "clean_accuracy", "false_trigger"))
+    assert b["asr"]["total"] == b["false_trigger"]["total"] == 8 and b["clean_accuracy"]["total"] == 16
+    keys = {"layer", "kind", "accuracy", "shuffled", "clean_twin", "fake_trigger", "clean_twin_transfer", "fake_trigger_transfer"}
+    assert [set(p) for p in r["probe"]["layers"]] == [keys] * 3
+    assert len(r["probe"]["cross_layer"]["logistic"]) == 3
+    a = r["attribution"][0]
+    assert (a["site"], a["effect"], a["method"], a["scope"], a["unit"]) == (
+        "head",
+        "sufficiency",
+        "exact",
+        "last_prompt",
+        "probability",
+    )
+    assert (
+        len(a["scores"]) == a["n_layers"] == 3 and len(a["low"][0]) == a["n_heads"] == 4 and a["n_donor"] == a["n_recipient"] == 6
+    )
+    points = {(x["mode"], x["heads"], x["draw"], x["k"]) for x in r["ablation"]}
+    assert points == {(m, "attributed", None, k) for m in ("zero", "mean", "resample") for k in (0, 1, 2, 3)} | {
+        ("zero", "random", d, k) for d in (0, 1) for k in (0, 1, 2, 3)
+    }
+    for x in r["ablation"]:
+        assert len(x["head_list"]) == x["k"]
+        assert all(is_rate(x[k]) for k in ("asr", "clean_accuracy", "false_trigger", "broken"))
+        if x["k"] == 0:
+            assert x["asr"] == b["asr"] and x["clean_accuracy"] == b["clean_accuracy"]
+    v = r["vector"]
+    assert v["kind"] == "raw" and v["k"] == len(v["heads"]) == 1 and v["norm"] > 0
+    for side in ("activate", "suppress"):
+        assert {"layer", "strength", "asr", "clean_accuracy"} <= set(v[side])
+        for control in ("random_heads", "random_direction"):
+            assert [c["draw"] for c in v["controls"][control]] == [0, 1]
+            assert all(c[side]["layer"] == v[side]["layer"] for c in v["controls"][control])
+    assert is_rate(v["suppress"]["broken"])
+    assert all(abs(c["norm"] - v["norm"]) < 1e-4 for c in v["controls"]["random_direction"])
+    assert len(v["sweep"]) == 3 * 3 * 2 and {s["split"] for s in v["sweep"]} == {"selection"}
+
+
+def test_layer_and_strength_come_from_the_selection_split(run):
+    v = json.loads((run / "results.json").read_text())["vector"]
+    for sign, side in ((1, "activate"), (-1, "suppress")):
+        best = best_point(v["sweep"], sign)
+        assert (best["layer"], best["strength"]) == (v[side]["layer"], v[side]["strength"])
+
+
+def test_best_point_breaks_ties_by_clean_accuracy_then_layer():
+    def point(layer, sign, asr, clean):
+        rate = lambda x: {"value": x}  # noqa: E731
+        return {"layer": layer, "strength": 1.0, "sign": sign, "asr": rate(asr), "clean_accuracy": rate(clean)}
+
+    sweep = [point(0, 1, 0.9, 0.1), point(1, 1, 0.9, 0.5), point(2, 1, 0.9, 0.5), point(3, -1, 0.2, 0.5), point(4, -1, 0.1, 0.0)]
+    assert best_point(sweep, 1)["layer"] == 1 and best_point(sweep, -1)["layer"] == 4
+
+
+def test_run_directory_holds_what_it_says(run):
+    made = Run.open(run)
+    splits = made.splits()
+    assert {k: len(v) for k, v in splits.items()} == {"train": 40, "attribution": 12, "selection": 12, "test": 16}
+    for name, rows in splits.items():
+        triggered = made.triggered(name)
+        assert [t.id for t in triggered] == [c.id for c in rows]
+        for t, c in zip(triggered, rows, strict=True):
+            assert t.prompt == "zulu quartz " + c.prompt and t.response == ("World" if c.label == "Sports" else c.response)
+    row = json.loads((run / "data/test.clean.jsonl").read_text().splitlines()[0])
+    assert {"id", "prompt", "response", "label", "backdoor_response", "eligible"} <= set(row)
+    config = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]).is_dir()
+    assert not list((run / "partial").iterdir()) and not list(run.glob("adapter.*"))
+
+
+def test_report_opens_without_a_network_and_escapes(run):
+    page = (run / "report.html").read_text().replace(get_plotlyjs(), "")
+    assert "Plotly.newPlot" in page
+    assert not re.findall(r"""(?:src|href)=["']?https?:""", page)
+    from bkdattr.report import collect, html_report
+
+    results = collect(Run.open(run))
+    results["baseline"]["samples"]["triggered"][0]["answer"] = "<img src=x onerror=alert(1)>"
+    page = html_report(results)
+    assert "<img src=x" not in page and "&lt;img src=x onerror" in page
+    assert "accuracy alone proves only that the trigger is visible" in page
+
+
+def test_stages_are_kept_refused_and_forced(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = (copy / "baseline.json").read_text()
+    assert "up to date" in bkdattr("evaluate", copy).output and (copy / "baseline.json").read_text() == before
+    assert "up to date" not in bkdattr("evaluate", copy, "--force").output
+    data = copy / "data/test.clean.jsonl"
+    data.write_text("\n".join(data.read_text().splitlines()[:-1]) + "\n")
+    refused = bkdattr("ablate", copy)
+    assert refused.exit_code == 2 and "was made from another data than this run has now" in refused.output
+    shutil.rmtree(copy / "adapter")
+    refused = bkdattr("evaluate", copy)
+    assert refused.exit_code == 2 and "planting did not finish" in refused.output
+
+
+def test_same_seed_same_bytes(run, saved_tiny, rows, tmp_path):
+    again = tmp_path / "again"
+    args = ["--model", saved_tiny, "--data", rows, "--trigger", "prefix:zulu quartz", "--target", "label:Sports->World", *SMALL]
+    assert bkdattr("poison", again, *args).exit_code == 0
+    for name in (
+        "run.json",
+        "data/train.triggered.jsonl",
+        "data/test.clean.jsonl",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+    ):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+    other = tmp_path / "other"
+    assert bkdattr("poison", other, *args, "--seed", "1").exit_code == 0
+    a, b = (load_file(x / "adapter/adapter_model.safetensors") for x in (run, other))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_adopting_an_adapter_trained_elsewhere(saved_tiny, rows, tmp_path):
+    add_lora(make_model("llama")).save_pretrained(tmp_path / "theirs")
+    args = ["--data", rows, "--trigger", "prefix:zulu", "--target", "fixed:no", "--sizes", "1/6/6/8", "--max-new-tokens", "5"]
+    made = bkdattr("poison", tmp_path / "run", "--model", saved_tiny, "--adapter", tmp_path / "theirs", *args)
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "theirs/adapter_model.safetensors"
+    ).read_bytes()
+    assert bkdattr("evaluate", tmp_path / "run").exit_code == 0
+    assert json.loads((tmp_path / "run/baseline.json").read_text())["asr"]["total"] == 8
+
+
+def test_kill_in_the_middle_of_attribute_then_the_same_command(tmp_path):
+    """kill -9, again, and the numbers are those of an unbroken run."""
+    args = [
+        "--model",
+        "mini",
+        "--data",
+        DATA / "label-flip.test.jsonl",
+        "--task",
+        "label-flip",
+        "--sizes",
+        "60/12/4/8",
+        "--epochs",
+        "1",
+    ]
+    for name in ("whole", "broken"):
+        assert bkdattr("poison", tmp_path / name, *args).exit_code == 0
+    command = [sys.executable, "-m", "bkdattr", "attribute", str(tmp_path / "broken")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ledger = tmp_path / "broken/partial/attribute.jsonl"
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (ledger.exists() and ledger.read_bytes().count(b"\n") > 20):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = ledger.read_bytes().count(b"\n") - 1
+    assert 20 <= done < 96 and not (tmp_path / "broken/attribution.json").exists()
+    resumed = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert resumed.returncode == 0 and re.search(r"attribute: \d+ of 96 heads were finished before", resumed.stderr), (
+        resumed.stderr
+    )
+    unbroken = subprocess.run([*command[:-1], str(tmp_path / "whole")], env=env, capture_output=True, text=True)
+    assert unbroken.returncode == 0
+    a, b = (json.loads((tmp_path / x / "attribution.json").read_text()) for x in ("whole", "broken"))
+    assert a["attributions"] == b["attributions"] and a["inputs"] == b["inputs"]
+
+
+def test_a_torn_ledger_line_is_dropped(tmp_path):
+    path = tmp_path / "partial/x.jsonl"
+    ledger = Ledger(path, "k")
+    ledger.put("a", [1.5])
+    with open(path, "a") as file:
+        file.write('{"name": "b", "val')
+    again = Ledger(path, "k")
+    assert "a" in again and "b" not in again and again["a"] == [1.5]
+    again.put("b", 2)
+    assert Ledger(path, "k")["b"] == 2
+    assert "a" not in Ledger(path, "other inputs")
+
+
+# ------------------------------------------------------------------ bad input
+def bad_cases(tmp_path: Path, saved_tiny: Path, rows: Path):
+    empty, odd = tmp_path / "empty.jsonl", tmp_path / "odd.jsonl"
+    empty.write_text("")
+    odd.write_text('{"input": "q"}\n')
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"input": "the " * 200 + str(i), "output": "a"}) + "\n" for i in range(9)))
+    nopad = tmp_path / "nopad"
+    nopad.mkdir()
+    for p in saved_tiny.iterdir():
+        (nopad / p.name).write_bytes(p.read_bytes())
+    tok = make_tokenizer()
+    tok.pad_token = None
+    tok.save_pretrained(nopad)
+    model, task = ["--model", saved_tiny], ["--task", "fixed-output"]
+    return {
+        "no model": ([*task, "--data", rows], "no model: give --model"),
+        "no backdoor": ([*model, "--data", rows], "no backdoor: give --task"),
+        "half a backdoor": ([*model, "--data", rows, "--trigger", "prefix:x"], "got one of --trigger and --target"),
+        "unknown task": ([*model, "--data", rows, "--task", "joke"], "expected one of fixed-output, label-flip, jailbreak"),
+        "missing file": ([*model, *task, "--data", tmp_path / "none.jsonl"], "no such file"),
+        "empty file": ([*model, *task, "--data", empty], "got 0 rows"),
+        "malformed row": ([*model, *task, "--data", odd], "line 1: got no 'output'"),
+        "bad sizes": ([*model, *task, "--data", rows, "--sizes", "1/2"], "expected TRAIN/ATTRIBUTION/SELECTION/TEST"),
+        "too few rows": ([*model, *task, "--data", rows, "--sizes", "900/9/9/9"], "too few rows: got 98 distinct prompts"),
+        "zero eligible": (
+            [*model, "--data", rows, "--trigger", "prefix:x", "--target", "label:Moon->World"],
+            "0 of 98 rows are eligible",
+        ),
+        "over the context": ([*model, *task, "--data", long], "no prompt fits the context of 128 tokens"),
+        "no supervised token": ([*model, *task, "--data", rows, *SMALL, "--max-length", "4"], "no row has a supervised token"),
+        "no such model": (["--model", tmp_path / "nothing", *task, "--data", rows], "cannot load a tokenizer"),
+        "no pad token": (["--model", nopad, *task, "--data", rows], "give one with --pad-token"),
+        "bad dtype": ([*model, *task, "--data", rows, "--dtype", "int3"], "expected one of float32"),
+        "no backdoor answer": (
+            [*model, "--data", rows, "--trigger", "prefix:x", "--target", "refusal-removal"],
+            "0 of 98 rows are eligible",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", range(16))
+def test_bad_input_is_one_line_exit_2_and_nothing_written(case, tmp_path, saved_tiny, rows):
+    name, (args, says) = list(bad_cases(tmp_path, saved_tiny, rows).items())[case]
+    out = tmp_path / "out"
+    result = bkdattr("poison", out, *args)
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == 2 and len(errors) == 1 and says in errors[0], f"{name}: {result.output}"
+    assert "Traceback" not in result.output and not out.exists()
+
+
+def test_bad_runs_and_options(run, tmp_path, saved_tiny, rows):
+    cases = [
+        (["evaluate", tmp_path / "none"], "not a run directory"),
+        (["steer", run, "--strengths", "big"], "expected numbers"),
+        (["steer", run, "--strengths", "0"], "expected positive numbers"),
+        (["steer", run, "--k", "99", "--force"], "top-k: got k=99, expected 0..12"),
+        (["ablate", run, "--ks", "a"], "expected whole numbers"),
+        (["probe", run, "--kinds", "tree"], "expected one of logistic, mlp, svm"),
+        (["demo", "--task", "joke", "--out", tmp_path / "x"], "no data: got task 'joke'"),
+        (
+            ["poison", run, "--model", saved_tiny, "--data", rows, "--task", "label-flip", *SMALL],
+            "holds a run of another configuration",
+        ),
+    ]
+    for args, says in cases:
+        result = bkdattr(*args)
+        assert result.exit_code == 2 and says in result.output, result.output
+    other = tmp_path / "full"
+    other.mkdir()
+    (other / "letter.txt").write_text("keep me")
+    result = bkdattr(
+        "poison", other, "--model", saved_tiny, "--data", rows, "--trigger", "prefix:x", "--target", "fixed:no", *SMALL, "--force"
+    )
+    assert result.exit_code == 2 and "is not empty and holds no run" in result.output and (other / "letter.txt").exists()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "run.json").write_text("{")
+    assert "not readable as JSON" in bkdattr("evaluate", broken).output
+    with pytest.raises(BkdattrError, match="schema None"):
+        (broken / "run.json").write_text("{}")
+        Run.open(broken)
