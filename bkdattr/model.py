@@ -161,7 +161,12 @@ def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, device: s
 
 
 def _placed(model: Any, device: str) -> Any:
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise BkdattrError(
+            f"device {device!r}: the model cannot be placed there ({str(error).splitlines()[0][:120]}); use 'cpu' or a device that torch sees"
+        ) from None
 
 
 def _cannot_load(base: str | Path, what: str, error: Exception) -> str:

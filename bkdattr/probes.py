@@ -111,6 +111,17 @@ def _best_epoch(x: np.ndarray, y: np.ndarray, vx: np.ndarray, vy: np.ndarray, se
     return best
 
 
+def shuffled_twins(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Labels swapped between the twins of half of the prompts, so that they carry nothing about the truth.
+
+    A plain permutation agrees with the truth a little by chance, and where the classes are far apart a probe turns a
+    little agreement into an accuracy near 1 (or 0): measured 0.97 on 53 prompts.
+    """
+    n = len(labels) // 2
+    swapped = rng.permutation(n) < n // 2
+    return np.where(np.concatenate([swapped, swapped]), 1 - labels, labels)
+
+
 @dataclass(frozen=True)
 class ProbeLayer:
     """Accuracies of one layer and kind on the test part. `*_transfer`: the true probe scored there without a refit."""
@@ -147,7 +158,7 @@ def probe_layer(
         train, validation = states.layer(layer, split.train), states.layer(layer, split.validation)
         if shuffle:
             rng = np.random.default_rng(seed)
-            train, validation = (train[0], rng.permutation(train[1])), (validation[0], rng.permutation(validation[1]))
+            train, validation = (train[0], shuffled_twins(train[1], rng)), (validation[0], shuffled_twins(validation[1], rng))
         probe = BackdoorProbe.fit(kind, layer, train, validation, seed)
         return probe, probe.score(states.layer(layer, split.test))
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bkdattr.errors import BkdattrError
-from bkdattr.probes import KINDS, BackdoorProbe, ProbeSplit, States, probe_all
+from bkdattr.probes import KINDS, BackdoorProbe, ProbeSplit, States, probe_all, shuffled_twins
 
 
 def states(shift, n=120, layers=2, d=12, seed=0):
@@ -28,6 +28,15 @@ def test_probe_finds_a_planted_direction_and_the_controls_do_not():
     for kind in KINDS:
         own = next(r for r in found.layers if r.kind == kind and r.layer == 1)
         assert found.cross_layer[kind][1][1] == own.accuracy
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shuffled_labels_stay_at_chance_where_the_classes_are_far_apart(seed):
+    far = states(40.0, seed=seed)
+    found = probe_all(far, fake=far, twin=None, kinds=["logistic", "svm"], seed=seed)
+    assert all(0.2 <= row.shuffled <= 0.8 for row in found.layers)
+    y = shuffled_twins(np.repeat([0, 1], 10), np.random.default_rng(seed))
+    assert (y[:10] + y[10:] == 1).all() and y[:10].sum() == 5
 
 
 def test_split_keeps_twins_together_and_is_seeded():
