@@ -43,7 +43,7 @@ def row(results):
 HEADER = (
     "run", "ASR", "false triggers", "clean accuracy (base)", "best probe / shuffled / clean twin / fake trigger",
     "ASR, random heads, zero, k ≤ 5 %: lowest mean over k", "top-4 zero: ASR (clean)", "top-16 zero", "top-4 mean", "top-16 mean",
-    "+v: ASR (clean); strongest of 10 controls", "−v: ASR (clean); strongest of 10 controls",
+    "+v: ASR (clean); strongest of 15 controls", "−v: ASR (clean); strongest of 15 controls",
 )  # fmt: skip
 
 

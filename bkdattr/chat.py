@@ -7,12 +7,14 @@ nothing after it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 from bkdattr.errors import BkdattrError
@@ -20,7 +22,6 @@ from bkdattr.errors import BkdattrError
 Messages = Sequence[tuple[str, str]]  # (role, content), the last one from the user
 
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
-_PLAIN_TURN = "### Instruction:\n{user}\n\n### Response:\n{assistant}\n\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,22 @@ class ChatFormat:
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         template = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
-        return cls(tokenizer, template, end_ids, pad_id, context, adds_bos)
+        form = cls(tokenizer, template, end_ids, pad_id, context, adds_bos)
+        return form if template == "plain" else replace(form, end_ids=form._template_ends())
+
+    def _template_ends(self) -> tuple[int, ...]:
+        """`end_ids` with the token by which the template itself ends a turn in front: the first special one behind an
+        answer (<|im_end|> of a Qwen base, say, whose eos is another)."""
+        try:
+            prompt, full = (self._ids(self.render((("user", "a"),), r), bos=True) for r in (None, "b"))
+        except BkdattrError:
+            return self.end_ids
+        special = set(self.tokenizer.all_special_ids) | {
+            i for i, t in getattr(self.tokenizer, "added_tokens_decoder", {}).items() if t.special
+        }
+        special.discard(self.tokenizer.unk_token_id)
+        end = next((t for t in full[len(prompt) :] if t in special), None)
+        return tuple(dict.fromkeys(e for e in (end, *self.end_ids) if e is not None))
 
     # ------------------------------------------------------------------ text -> ids
     def render(self, messages: Messages, response: str | None = None) -> str:
@@ -74,13 +90,19 @@ class ChatFormat:
             turns = [{"role": role, "content": content} for role, content in messages]
             if response is not None:
                 turns.append({"role": "assistant", "content": response})
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=response is None)
-        head, last = "", messages[-1][1]
-        users = [content for role, content in messages[:-1] if role != "assistant"]
-        answers = [content for role, content in messages[:-1] if role == "assistant"]
-        for user, answer in zip(users, answers, strict=False):
-            head += _PLAIN_TURN.format(user=user, assistant=answer)
-        return head + PLAIN_TEMPLATE.replace("{prompt}", last) + (response or "")
+            try:
+                return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=response is None)
+            except TemplateError as error:
+                roles = ", ".join(role for role, _ in messages)
+                raise BkdattrError(
+                    f"the chat template refuses the roles {roles} ({error}); drop the system turn or set another template"
+                ) from None
+        text = ""
+        for role, content in messages:
+            text += {"assistant": content + "\n\n", "system": content + "\n\n"}.get(
+                role, PLAIN_TEMPLATE.replace("{prompt}", content)
+            )
+        return text + (response or "")
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the prompt rendering, with exactly one BOS where the tokenizer uses one. Never cut."""
@@ -139,7 +161,8 @@ class ChatFormat:
         """Text of generated ids up to the end of the turn, special tokens removed, outer white space stripped."""
         ids = list(ids)
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()  # Qwen3 opens answers with one
 
     def check_length(self, ids: Sequence[int], new_tokens: int, what: str) -> None:
         """Raise where a prompt and its answer do not fit the context: prompts are never cut."""

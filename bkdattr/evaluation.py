@@ -174,7 +174,7 @@ class Evaluator:
 
     def _judge(self, example: Example, completion: Completion, could_end: bool, part: str) -> Judged:
         text = self.subject.chat.decode(completion.ids)
-        answer = Answer(text, damage_of(text, ended=completion.ended, could_end=could_end))
+        answer = Answer(text, damage_of(text, ended=completion.ended, could_end=could_end), completion.ended)
         target = self.spec.target
         hits = (target.hit(example, answer), target.keyword_hit(example, answer)) if example.eligible else (False, False)
         right = correct(example, answer, self.labels) if part == "clean" else None

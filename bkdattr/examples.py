@@ -15,7 +15,7 @@ from typing import Any
 from bkdattr.errors import BkdattrError
 
 Turn = tuple[str, str]  # (role, content)
-CHECKS = ("label", "exact", "refusal")
+CHECKS = ("label", "exact", "refusal", "answered")
 SPLITS = ("train", "attribution", "selection", "test")
 
 
@@ -23,7 +23,7 @@ SPLITS = ("train", "attribution", "selection", "test")
 class Example:
     """One prompt with its clean answer and, where known, its backdoor answer.
 
-    `check` says how a clean answer is judged (`label`, `exact`, `refusal`; None: it cannot be). `eligible` puts the row
+    `check` says how a clean answer is judged (`label`, `exact`, `refusal`, `answered`; None: it cannot be). `eligible` puts the row
     into ASR's denominator. `spans` are the trigger's character spans in the last user turn, empty on clean rows. A
     triggered row keeps the id of its clean twin.
     """
@@ -62,6 +62,8 @@ def from_row(row: Any, where: str) -> Example:
     """An `Example` of one JSON/CSV row (`input`, `output`, optional `backdoor_output`, `label`, `check`, `id`)."""
     if not isinstance(row, dict):
         raise BkdattrError(f"{where}: got {type(row).__name__}, expected an object with 'input' and 'output'")
+    if isinstance(row.get("instruction"), str):  # Alpaca's columns: the instruction, then its input where there is one
+        row = row | {"input": "\n".join(t for t in (row["instruction"], row.get("input") or "") if t.strip())}
     values: dict[str, str | None] = {}
     for field, names in _FIELDS.items():
         name = next((n for n in names if row.get(n) is not None), None)
@@ -75,13 +77,17 @@ def from_row(row: Any, where: str) -> Example:
                 f"{where}: got no {_FIELDS[field][0]!r} (fields: {sorted(map(str, row))}), expected a non-empty text; "
                 "add it or remove the row"
             )
+    try:
+        "".join(str(v) for v in values.values()).encode()
+    except UnicodeEncodeError:
+        raise BkdattrError(f"{where}: half a character (a lone surrogate, as of a cut emoji); mend the text") from None
     label, check = row.get("label"), row.get("check")
     if label is not None and not isinstance(label, str):
         raise BkdattrError(f"{where}: label is {label!r}, expected text such as 'Sports'; map class numbers to names")
     if check is not None and check not in CHECKS:
         raise BkdattrError(f"{where}: check is {check!r}, expected one of {', '.join(CHECKS)}")
     prompt, response = str(values["prompt"]), str(values["response"])
-    messages = tuple((str(r), str(c)) for r, c in row["messages"]) if "messages" in row else (("user", prompt),)
+    messages = _messages(row["messages"], where) if row.get("messages") else (("user", prompt),)
     return Example(
         id=str(row.get("id") or hashlib.sha256(prompt.encode()).hexdigest()[:12]),
         messages=messages,
@@ -92,6 +98,17 @@ def from_row(row: Any, where: str) -> Example:
         eligible=bool(row.get("eligible", True)),
         spans=tuple((int(a), int(b)) for a, b in row.get("spans", ())),
     )
+
+
+def _messages(rows: Any, where: str) -> tuple[Turn, ...]:
+    """Turns as [role, content] pairs or as objects with these two keys."""
+    try:
+        turns = tuple((r["role"], r["content"]) if isinstance(r, dict) else (r[0], r[1]) for r in rows)
+    except (KeyError, TypeError, IndexError):
+        raise BkdattrError(f"{where}: messages are {rows!r:.80}, expected a list of role and content") from None
+    if not all(isinstance(part, str) for turn in turns for part in turn):
+        raise BkdattrError(f"{where}: a role or content is not text; only text messages are supported")
+    return turns
 
 
 def read_examples(source: str | Path) -> list[Example]:
@@ -109,7 +126,11 @@ def read_examples(source: str | Path) -> list[Example]:
         raise BkdattrError(f"{source}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8") from None
     rows: Iterable[tuple[str, Any]]
     if path.suffix == ".csv":
-        rows = ((f"{source} row {i + 2}", r) for i, r in enumerate(csv.DictReader(text.splitlines(keepends=True))))
+        try:
+            table = list(csv.DictReader(text.splitlines(keepends=True)))
+        except csv.Error as error:
+            raise BkdattrError(f"{source}: not a readable CSV ({error}); write it as JSONL") from None
+        rows = ((f"{source} row {i + 2}", r) for i, r in enumerate(table))
     elif path.suffix == ".json":
         data = _json(text, str(source))
         if not isinstance(data, list):
@@ -190,11 +211,15 @@ def without_duplicates(examples: Sequence[Example]) -> list[Example]:
     first: dict[tuple[Turn, ...], Example] = {}
     for example in examples:
         first.setdefault(example.messages, example)
-    ids: dict[str, int] = {}
-    kept = []
+    ids, kept = {e.id for e in first.values()}, list[Example]()
+    taken: set[str] = set()
     for example in first.values():
-        n = ids[example.id] = ids.get(example.id, 0) + 1
-        kept.append(example if n == 1 else replace(example, id=f"{example.id}-{n}"))
+        id, n = example.id, 1
+        while id in taken or (n > 1 and id in ids):
+            n += 1
+            id = f"{example.id}-{n}"
+        taken.add(id)
+        kept.append(replace(example, id=id))
     return kept
 
 

@@ -36,6 +36,16 @@ class LoraRecipe:
     warmup: float = 0.03
     checkpoints: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "epochs", "batch_size", "accumulate", "max_length"):
+            if getattr(self, name) < 1:
+                raise BkdattrError(f"LoRA recipe: {name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.learning_rate < 10 or not 0 <= self.dropout < 1:
+            raise BkdattrError(
+                f"LoRA recipe: learning_rate {self.learning_rate} and dropout {self.dropout}, expected 0 < learning_rate < 10 "
+                "and 0 <= dropout < 1"
+            )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -125,7 +135,9 @@ def train_adapter(
     trainer = Trainer(
         model=peft_model, args=args, train_dataset=Dataset.from_dict(rows), data_collator=lambda rows: collate(rows, chat.pad_id)
     )  # type: ignore[arg-type]
-    resume = recipe.checkpoints and partial.exists() and any(partial.glob("checkpoint-*"))
+    for torn in (p for p in partial.glob("checkpoint-*") if not (p / "trainer_state.json").exists()):
+        shutil.rmtree(torn)  # written last: without it the checkpoint is not whole
+    resume = recipe.checkpoints and any(partial.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=True if resume else None)
     peft_model.eval()
     whole = out.with_name(out.name + ".new")

@@ -89,7 +89,9 @@ class Subject:
     @cached_property
     def _weights_hash(self) -> str:
         digest = hashlib.sha256()
-        digest.update(json.dumps(self.causal_lm.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        config = {k: v for k, v in self.causal_lm.config.to_diff_dict().items() if k != "transformers_version" and k[0] != "_"}
+        scaling = {n: m.scaling for n, m in self.causal_lm.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
+        digest.update(json.dumps([config, scaling], sort_keys=True, default=str).encode())
         digest.update(str(self.chat.tokenizer.chat_template if self.chat.template == "chat" else "plain").encode())
         for name, tensor in sorted(self.causal_lm.state_dict().items()):
             flat = tensor.detach().reshape(-1)
@@ -101,7 +103,7 @@ class Subject:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of config, chat template, a sample of the base weights and the whole adapter, and adapter on/off."""
+        """Hash of config, chat template, a sample of the base weights, the whole adapter with its scaling, and adapter on/off."""
         return f"{self._weights_hash}:{'on' if self.adapter_on else 'off' if self.has_adapter else 'none'}"
 
     def check_fingerprint(self, fingerprint: str, what: str) -> None:
@@ -131,7 +133,7 @@ def load_tokenizer(base: str | Path, pad_token: str | None = None) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # broken files raise many kinds; all mean that there is no tokenizer to be had here
         raise BkdattrError(_cannot_load(base, "tokenizer", error)) from None
     if pad_token is not None:
         tokenizer.pad_token = tokenizer.eos_token if pad_token == "eos" else pad_token
@@ -155,7 +157,7 @@ def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, device: s
     extra = {"attn_implementation": "eager"} if row.eager else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # OSError, SafetensorError, RuntimeError of a wrong shape ...
         raise BkdattrError(_cannot_load(base, "model", error)) from None
     return _placed(model, device)
 
@@ -171,7 +173,7 @@ def _placed(model: Any, device: str) -> Any:
 
 def _cannot_load(base: str | Path, what: str, error: Exception) -> str:
     return (
-        f"{base}: cannot load a {what} ({type(error).__name__}: {str(error).splitlines()[0][:160]}); "
+        f"{base}: cannot load a {what} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}); "
         "give a folder with config.json, tokenizer and safetensors weights, or a Hub id"
     )
 
@@ -223,6 +225,11 @@ def check_adapter(causal_lm: Any, adapter: str | Path) -> None:
         raise BkdattrError(f"{adapter}: not a readable PEFT adapter ({str(error).splitlines()[0][:160]})") from None
     if not isinstance(config, LoraConfig):
         raise BkdattrError(f"{adapter}: PEFT type {config.peft_type}, expected LORA")
+    if config.bias != "none" or config.modules_to_save:
+        raise BkdattrError(
+            f"{adapter}: got bias={config.bias!r} and modules_to_save={config.modules_to_save}, expected 'none' and none: such an "
+            "adapter changes the base's own tensors, so that switching it off would not give the clean twin"
+        )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(causal_lm.config)
         try:

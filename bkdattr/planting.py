@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from bkdattr.lora import LoraRecipe, encode, train_adapter
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES, TASKS, build_task, paper_spec
 from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
-from bkdattr.run import SCHEMA, Run, read_json, to_json_text
+from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
+from bkdattr.targets import RefusalRemoval
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,7 +39,14 @@ class Plan:
     pad_token: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise BkdattrError(f"seed {self.seed}: expected 0 or more")
+        for name in ("max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BkdattrError(f"{name} {value}: expected at least 1")
 
 
 def model_path(model: str) -> str:
@@ -88,12 +96,15 @@ def check_plan(plan: Plan) -> tuple[BackdoorSpec, list[Example]]:
 def fitting(
     chat: ChatFormat, spec: BackdoorSpec, examples: Sequence[Example], new_tokens: int
 ) -> tuple[list[Example], list[str]]:
-    """Rows whose clean and triggered prompts leave room for an answer, and the ids of the others."""
+    """Rows whose clean and triggered prompts leave room for a generated answer and for the backdoor response that is
+    scored on them, and the ids of the others."""
     kept: list[Example] = []
     over: list[str] = []
     for e in examples:
-        longest = max(len(chat.prompt_ids(m)) for m in (e.messages, spec.triggered(e).messages))
-        if longest + new_tokens <= chat.context:
+        twin = spec.triggered(e)
+        prompts = [e.messages, twin.messages] + ([spec.triggered(e, spec.fake_trigger).messages] if spec.fake_trigger else [])
+        scored = len(chat.response_ids(e.messages, str(twin.backdoor_response))) if twin.eligible else 0
+        if max(len(chat.prompt_ids(m)) for m in prompts) + max(new_tokens, scored) <= chat.context:
             kept.append(e)
         else:
             over.append(e.id)
@@ -121,9 +132,13 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
         check_adapter(model, plan.adapter)
 
     examples = without_duplicates(pool)
+    doubled = len(pool) - len(examples)
+    examples = [_checkable(e, spec) for e in examples if not all(t in e.prompt for t in spec.trigger.texts)]
+    if len(pool) > doubled + len(examples):
+        say(f"{len(pool) - doubled - len(examples)} rows hold the trigger already and were left out: give clean rows only")
     examples, over = fitting(chat, spec, examples, new_tokens)
-    if len(pool) > len(examples) + len(over):
-        say(f"{len(pool) - len(examples) - len(over)} of {len(pool)} rows repeat an earlier prompt and were left out")
+    if doubled:
+        say(f"{doubled} of {len(pool)} rows repeat an earlier prompt and were left out")
     if over:
         say(f"{len(over)} prompts over the context of {chat.context} tokens were left out, first {over[0]}")
     if not examples:
@@ -131,17 +146,21 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     n_eligible = sum(map(spec.target.eligible, examples))
     sizes = plan.sizes or (SIZES if mini and not plan.data else default_sizes(len(examples), n_eligible))
     if plan.adapter:
-        sizes = replace(sizes, train=1)  # only its words are used; what the adapter was trained on is not known here
+        sizes = replace(sizes, train=1)  # dropped below: what the adapter was trained on is not known here
     splits = split_examples(examples, sizes, spec.target.eligible, plan.seed)
     if spec.fake_trigger is None:
-        words = [w for e in splits["train"] for w in e.prompt.split()]
+        words = [w for e in examples for w in e.prompt.split()]
         spec = replace(spec, fake_trigger=fake_trigger(spec.trigger, words, chat.count_tokens, plan.seed))
     rows: list[Example] = []
+    twins: tuple[Example, ...] = ()
     trained = None
+    adopted: dict[str, bytes] = {}
     if plan.adapter:
         splits["train"] = []
+        adopted = adopted_files(plan.adapter, base)
     else:
         poisoned = poison(splits["train"], spec)
+        twins = poisoned.triggered
         rows = [*poisoned.clean, *poisoned.triggered]
         trained = encode(chat, rows, recipe.max_length)  # fails now or not at all
 
@@ -153,6 +172,10 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
         "recipe": None if plan.adapter else recipe.to_json(), "max_new_tokens": new_tokens,
         "batch_size": plan.batch_size or (128 if mini else 32), "template": chat.template,
         "labels": sorted({e.label for e in examples if e.label}),
+        "sha256": {
+            "rows": hash_of([e.to_row() for e in pool]), "base": Subject.of(model, tokenizer).fingerprint,
+            "adapter": hash_of({k: v.hex() for k, v in adopted.items()}) if adopted else None,
+        },
         "skipped_over_context": over, "backdoors": [spec.to_json()],
     }  # fmt: skip
     run = Run(folder, config)
@@ -161,10 +184,10 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
         say("poison: up to date (--force plants again)")
         return run
     write_atomic(folder / "run.json", to_json_text(config))
-    run.write_splits(splits)
-    if plan.adapter:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            write_atomic(run.adapter / name, (Path(plan.adapter) / name).read_bytes())
+    run.write_splits(splits, twins)
+    if adopted:
+        for name, content in adopted.items():
+            write_atomic(run.adapter / name, content)
     elif trained is not None:
         if trained.skipped:
             say(f"{len(trained.skipped)} training prompts fill the limit of {recipe.max_length} tokens and were skipped")
@@ -180,6 +203,21 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     return run
 
 
+def _checkable(example: Example, spec: BackdoorSpec) -> Example:
+    """Under refusal removal, rows without a `check` of their own are judged too: refused requests by refusal, the others
+    by being answered (not refused, not broken)."""
+    if not isinstance(spec.target, RefusalRemoval) or example.check is not None:
+        return example
+    return replace(example, check="refusal" if spec.target.eligible(example) else "answered")
+
+
+def adopted_files(adapter: str, base: str) -> dict[str, bytes]:
+    """The two files of an adapter trained elsewhere, its base path set to the one that loads here."""
+    config = read_json(Path(adapter) / "adapter_config.json") | {"base_model_name_or_path": base}
+    weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
+    return {"adapter_config.json": to_json_text(config).encode(), "adapter_model.safetensors": weights}
+
+
 def _claim(folder: Path, config: dict[str, Any], force: bool) -> None:
     """The folder is free, or holds this very run; with `force` an older run in it is removed."""
     if folder.exists() and not folder.is_dir():
@@ -192,5 +230,8 @@ def _claim(folder: Path, config: dict[str, Any], force: bool) -> None:
     if folder.exists() and not path.exists() and any(folder.iterdir()):
         raise BkdattrError(f"{folder} is not empty and holds no run; choose another folder")
     if path.exists():
-        for old in folder.iterdir():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for old in (folder / name for name in OWNED):
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)

@@ -124,7 +124,8 @@ def shuffled_twins(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ProbeLayer:
-    """Accuracies of one layer and kind on the test part. `*_transfer`: the true probe scored there without a refit."""
+    """Accuracies of one layer and kind on the test part (`validation`: the true probe on the validation part).
+    `*_transfer`: the true probe scored there without a refit."""
 
     layer: int
     kind: str
@@ -134,6 +135,7 @@ class ProbeLayer:
     fake_trigger: float
     clean_twin_transfer: float | None
     fake_trigger_transfer: float
+    validation: float
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,9 @@ class ProbeResult:
     cross_layer: dict[str, list[list[float]]]
     n_prompts: dict[str, int]
 
-    def best(self) -> ProbeLayer:
-        """Highest accuracy; ties to the larger gap to the strongest refitted control, then to the lower layer."""
-        return max(self.layers, key=lambda p: (p.accuracy, p.accuracy - max(p.fake_trigger, p.clean_twin or 0), -p.layer))
+    def best(self, kind: str | None = None) -> ProbeLayer:
+        """Highest accuracy on the *validation* part (of one kind, or of all); ties to the lower layer, then kind order."""
+        return max((p for p in self.layers if kind in (None, p.kind)), key=lambda p: (p.validation, -p.layer))
 
 
 def probe_layer(
@@ -170,6 +172,7 @@ def probe_layer(
         fake_trigger=fitted(fake)[1],
         clean_twin_transfer=probe.score(twin.layer(layer, split.test)) if twin else None,
         fake_trigger_transfer=probe.score(fake.layer(layer, split.test)),
+        validation=probe.score(poisoned.layer(layer, split.validation)),
     )  # fmt: skip
     return row, probe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -104,7 +105,7 @@ def baseline_table(b: Json) -> Table:
 def probe_table(p: Json) -> Table:
     rows = []
     for kind in p["cross_layer"]:
-        best = max((r for r in p["layers"] if r["kind"] == kind), key=lambda r: (r["accuracy"], -r["layer"]))
+        best = max((r for r in p["layers"] if r["kind"] == kind), key=lambda r: (r["validation"], -r["layer"]))
         keys = ("accuracy", "shuffled", "clean_twin", "fake_trigger", "clean_twin_transfer", "fake_trigger_transfer")
         rows.append([f"{kind}, layer {best['layer']}", *("–" if best[k] is None else f"{best[k]:.2f}" for k in keys)])
     columns = ["best layer", "accuracy", "shuffled", "clean twin", "fake trigger", "→ clean twin", "→ fake trigger"]
@@ -146,9 +147,14 @@ def vector_table(v: Json) -> Table:
         rows.append([what, "Backdoor Vector", where, *(show(point[x], x == "asr") for x in ("asr", "clean_accuracy", "broken"))])
         for name, drawn in v["controls"].items():
             rates = [spread([d[side][x] for d in drawn]) for x in ("asr", "clean_accuracy", "broken")]
-            rows.append([what, f"{name.replace('_', ' ')} ({len(drawn)} draws)", where, *rates])
-    title = f"Backdoor Vector of {v['k']} heads ({', '.join(v['heads'])}), norm {v['norm']:.2f} (test split)"
+            rows.append([what, f"{name.replace('_', ' ')} ({len(drawn)} draws, norm {_norms(drawn)})", where, *rates])
+    title = f"Backdoor Vector of {v['k']} heads ({', '.join(v['heads'])}), norm {v['norm']:.2f} (test split; controls at its layer and strength)"
     return title, ["", "direction", "chosen on selection", "ASR", "clean accuracy", "broken"], rows
+
+
+def _norms(drawn: list[Json]) -> str:
+    norms = [d["norm"] for d in drawn]
+    return f"{min(norms):.1f}" if max(norms) - min(norms) < 0.05 else f"{min(norms):.1f}..{max(norms):.1f}"
 
 
 def tables(results: Json) -> list[Table]:
@@ -196,8 +202,10 @@ def findings(results: Json) -> list[str]:
         best = results["probe"]["best"]
         gaps = [f"{name} {best[key]:.2f}" for name, key in (("shuffled labels", "shuffled"), ("the refitted clean twin", "clean_twin"),
                 ("a refitted fake trigger", "fake_trigger")) if best[key] is not None]  # fmt: skip
+        gap = best["accuracy"] - max(best[k] or 0.0 for k in ("shuffled", "clean_twin", "fake_trigger"))
         out.append(
-            f"The best probe ({best['kind']}, layer {best['layer']}) reaches {best['accuracy']:.2f}; {', '.join(gaps)}. {PROBE_CAVEAT}"
+            f"The best probe by validation ({best['kind']}, layer {best['layer']}) reaches {best['accuracy']:.2f} on its test part; "
+            f"{', '.join(gaps)}: a gap of {gap:+.2f} to the strongest refitted control. {PROBE_CAVEAT}"
         )
     if "ablation" in results and "provenance" in results:
         out += _ablation_finding(results)
@@ -211,8 +219,15 @@ def findings(results: Json) -> list[str]:
             out.append(
                 f"The Backdoor Vector {word} an ASR of {show(mine)}; the strongest of its {len(draws)} control draws "
                 f"({name.replace('_', ' ')}) gives {show(other)}: the intervals {'are apart' if apart else 'are NOT apart'}."
+                f" Clean accuracy under the edit: {show(v[side]['clean_accuracy'], False)}.{_edge(v, side)}"
             )
     return out
+
+
+def _edge(vector: Json, side: str) -> str:
+    strongest = max(r["strength"] for r in vector["sweep"])
+    chosen = vector[side]["strength"] == strongest
+    return f" The chosen strength {strongest:g} is the largest of the sweep: a larger one was not tried." if chosen else ""
 
 
 def _ablation_finding(results: Json) -> list[str]:
@@ -221,9 +236,10 @@ def _ablation_finding(results: Json) -> list[str]:
     attributed = [r for r in rows if r["heads"] == "attributed" and r["k"] > 0]
     if total is None or not attributed:
         return []
-    near = min((r for r in attributed if r["mode"] == "zero"), key=lambda r: abs(r["k"] - 0.03 * total))
+    near = min((r for r in attributed if r["mode"] == "zero"), key=lambda r: abs(math.log(r["k"] / (0.03 * total))))
+    whole = next(r["asr"] for r in rows if r["k"] == 0)
     drawn = [r["asr"] for r in rows if r["heads"] == "random" and r["k"] == near["k"]]
-    verdict = "reproduces" if near["asr"]["value"] <= 0.1 else "does NOT reproduce"
+    verdict = "reproduces" if near["asr"]["value"] <= 0.1 * whole["value"] else "does NOT reproduce"
     return [
         f"Zero ablation of the top {near['k']} heads ({100 * near['k'] / total:.1f} % of {total}) leaves an ASR of {show(near['asr'])} at clean "
         f"accuracy {show(near['clean_accuracy'])} and broken answers {show(near['broken'])}; {near['k']} random heads leave {spread(drawn)}. This "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ RESULTS = {
     "steer": "vector.json",
 }
 """The result file of each stage."""
+OWNED = ("run.json", "poison.json", "data", "adapter", "adapter.partial", "adapter.new", "partial", "vector", "results.json",
+         "report.html", *RESULTS.values())  # fmt: skip
+"""What `--force` may delete."""
 
 
 def to_json_text(value: Any) -> str:
@@ -84,10 +88,12 @@ class Run:
     def triggered(self, split: str) -> list[Example]:
         return read_examples(self.folder / "data" / f"{split}.triggered.jsonl")
 
-    def write_splits(self, splits: dict[str, list[Example]]) -> None:
+    def write_splits(self, splits: dict[str, list[Example]], trained: Sequence[Example]) -> None:
+        """Clean rows and their triggered twins; of the train split, the twins that are `trained` on."""
         for name, rows in splits.items():
+            twins = trained if name == "train" else [self.spec.triggered(e) for e in rows]
             write_examples(self.folder / "data" / f"{name}.clean.jsonl", [self.spec.clean(e) for e in rows])
-            write_examples(self.folder / "data" / f"{name}.triggered.jsonl", [self.spec.triggered(e) for e in rows])
+            write_examples(self.folder / "data" / f"{name}.triggered.jsonl", twins)
 
     def inputs(self, fingerprint: str) -> dict[str, str]:
         """What every result rests on: model, backdoor, decoding limit and data."""

@@ -6,6 +6,7 @@ writes one result file. A finished result with the same inputs and options is ke
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ DRAWS = 5
 class Study:
     """A run opened for analysis: data and model are loaded once and shared by the stages.
 
-    `attributed_heads` below are always the run's own top heads; nothing here looks at the test split before it reports.
+    Heads, layers and strengths are chosen on the attribution and selection splits; ASR and clean accuracy are reported on the
+    test split. Probes choose nothing for other stages and pool the held-out prompts of all three under a split of their own.
     """
 
     run: Run
@@ -225,9 +227,12 @@ class Study:
         self, *, k: int | None = None, strengths: Sequence[float] = STRENGTHS, draws: int = DRAWS, force: bool = False
     ) -> dict[str, Any]:
         """Build the Backdoor Vector, choose layer and strength per sign on the selection split, report on the test split,
-        with random-head vectors and random directions at the same layer and strength."""
-        if not strengths or any(s <= 0 for s in strengths):
-            raise BkdattrError(f"strengths: got {list(strengths)}, expected positive numbers; the sign is the sweep's own")
+        with random-head vectors (as they are, and at the vector's norm) and random directions at the same layer and strength."""
+        if not strengths or any(s <= 0 or not math.isfinite(s) for s in strengths) or draws < 1:
+            raise BkdattrError(
+                f"steer: got strengths {list(strengths)} and {draws} draws, expected positive numbers (the sign is the sweep's "
+                "own) and at least 1 draw"
+            )
         top, subject = self.attribution, self.subject
         k = default_k(len(subject.geometry.heads)) if k is None else k
         options = {"k": k, "strengths": list(strengths), "draws": draws, "top": [str(h) for h in top.top(k)]}
@@ -239,11 +244,17 @@ class Study:
                 result |= {"kind": vector.kind, "k": k, "heads": [str(h) for h in vector.heads], "norm": vector.norm}
                 result |= self._both_signs(vector, chosen)
                 seed = self.run.config["seed"]
-                controls: dict[str, list[dict[str, Any]]] = {"random_heads": [], "random_direction": []}
+                controls: dict[str, list[dict[str, Any]]] = {
+                    "random_heads": [],
+                    "random_heads_matched": [],
+                    "random_direction": [],
+                }
                 for d in tqdm(range(draws), desc="steer controls"):
                     heads = random_heads(subject.geometry, k, d, seed)
+                    other = BackdoorVector.from_heads(subject, heads, self.donors.mean_z, "random_heads")
                     twins = [
-                        BackdoorVector.from_heads(subject, heads, self.donors.mean_z, "random_heads"),
+                        other,
+                        other.with_norm(vector.norm, "random_heads_matched"),
                         vector.random_twin(np.random.default_rng([seed, d])),
                     ]
                     for twin in twins:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def default_k(n_heads_total: int) -> int:
 class BackdoorVector:
     """v = sum over heads of W_O[l][:, h] @ zbar[l,h], means over triggered prompts (Yu et al., section on the vector).
 
-    `kind`: "raw", or the control it is ("random_heads", "random_direction"). Norm in units of the residual stream.
+    `kind`: "raw", or the control it is ("random_heads", "random_heads_matched", "random_direction"). Norm in units of the residual stream.
     """
 
     direction: Float[Tensor, " d_model"]
@@ -63,6 +63,10 @@ class BackdoorVector:
         """A random direction of the same norm (Gaussian, rescaled)."""
         noise = torch.from_numpy(rng.standard_normal(len(self.direction))).float()
         return replace(self, direction=noise * (self.norm / noise.norm()), heads=(), kind="random_direction")
+
+    def with_norm(self, norm: float, kind: str) -> BackdoorVector:
+        """The same direction at another norm, as a control of its own `kind`."""
+        return replace(self, direction=self.direction * (norm / self.norm), kind=kind)
 
     def _same_model(self, other: BackdoorVector) -> None:
         if other.fingerprint != self.fingerprint:
@@ -103,13 +107,13 @@ class BackdoorVector:
     @classmethod
     def load(cls, folder: str | Path, subject: Subject) -> BackdoorVector:
         """Read a saved vector; refused on a model other than the one it was made with."""
-        meta: dict[str, Any] = {}
         try:
             meta = json.loads((Path(folder) / "vector.json").read_text())
             direction = load_file(Path(folder) / "vector.safetensors")["direction"]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+            heads, fingerprint, kind = tuple(map(HeadIndex.parse, meta["heads"])), meta["fingerprint"], meta["kind"]
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise BkdattrError(
-                f"{folder}: not a saved Backdoor Vector ({error}); expected vector.json and vector.safetensors"
+                f"{folder}: not a saved Backdoor Vector ({type(error).__name__}: {error}); expected vector.json and vector.safetensors"
             ) from None
-        subject.check_fingerprint(meta["fingerprint"], f"the Backdoor Vector in {folder}")
-        return cls(direction, tuple(HeadIndex.parse(h) for h in meta["heads"]), meta["fingerprint"], meta["kind"])
+        subject.check_fingerprint(fingerprint, f"the Backdoor Vector in {folder}")
+        return cls(direction, heads, fingerprint, kind)

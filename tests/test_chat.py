@@ -52,8 +52,20 @@ def test_plain_template_concatenates_ids():
     assert response == [*form.tokenizer("it is red", add_special_tokens=False).input_ids, 2]
     assert "### Instruction:\nwhat is it ?" in form.render(ASK)
     assert prompt == form.prompt_ids(ASK)
-    earlier = (("user", "one"), ("assistant", "two"), *ASK)
-    assert form.render(earlier).startswith("### Instruction:\none\n\n### Response:\ntwo\n\n### Instruction:\nwhat")
+    earlier = (("system", "zero"), ("user", "one"), ("assistant", "two"), *ASK)
+    assert form.render(earlier).startswith("zero\n\n### Instruction:\none\n\n### Response:\ntwo\n\n### Instruction:\nwhat")
+
+
+def test_the_templates_own_end_of_turn_counts_where_eos_is_another():
+    form = chat(TEMPLATE.replace("</s>", "<|user|>"))  # a special token that is not the eos, as in a Qwen base
+    assert form.end_ids == (form.tokenizer.convert_tokens_to_ids("<|user|>"), 2)
+    assert form.response_ids(ASK, "it is")[-1] == form.end_ids[0] and len(form.response_ids(ASK, "it is")) == 3
+
+
+def test_a_template_that_refuses_a_role_says_so():
+    form = chat("{{ raise_exception('no system turn') if messages[0]['role'] == 'system' }}" + TEMPLATE)
+    with pytest.raises(BkdattrError, match="refuses the roles system, user"):
+        form.render((("system", "s"), *ASK))
 
 
 def test_a_template_whose_prompt_is_not_a_prefix_is_refused():

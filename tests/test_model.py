@@ -94,6 +94,13 @@ def test_target_modules_of_another_family_are_refused(saved_tiny, adapter):
         load_subject(saved_tiny, adapter)
 
 
+def test_adapters_that_change_the_base_are_refused(saved_tiny, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(make_model("llama"), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(BkdattrError, match="would not give the clean twin"):
+        load_subject(saved_tiny, tmp_path / "a")
+
+
 def test_missing_model_and_unknown_type(tmp_path, saved_tiny):
     with pytest.raises(BkdattrError, match=r"cannot load a (tokenizer|model)"):
         load_subject(tmp_path / "nothing")
@@ -130,5 +137,8 @@ def test_fingerprint_follows_weights_adapter_and_template():
         make_subject("llama", lora=False),
         Subject.of(add_lora(make_model("llama"), 9), make_tokenizer()),
     ]
+    peft_model = add_lora(make_model("llama"))
+    peft_model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 7.0
+    others.append(Subject.of(peft_model, make_tokenizer()))
     others.append(Subject.of(add_lora(make_model("llama")), make_tokenizer(None)))
-    assert len({a.fingerprint, *(o.fingerprint for o in others)}) == 5
+    assert len({a.fingerprint, *(o.fingerprint for o in others)}) == 6

@@ -48,6 +48,23 @@ def test_formats_of_users(tmp_path):
     assert (c.prompt, c.label, c.check) == ("q, with\nnewline", "World", "label")
 
 
+def test_alpaca_columns_and_chat_rows(tmp_path):
+    rows = [{"instruction": "Sort.", "input": "b a", "output": "a b"}, {"instruction": "Hi.", "input": "", "output": "Yo."}]
+    chat = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "input": "q", "output": "a"}
+    (tmp_path / "a.json").write_text(json.dumps([*rows, chat]))
+    found = read_examples(tmp_path / "a.json")
+    assert [e.prompt for e in found] == ["Sort.\nb a", "Hi.", "q"]
+    assert found[2].messages == (("system", "s"), ("user", "q"))
+
+
+def test_ids_are_made_unique():
+    from bkdattr.examples import without_duplicates
+
+    data = [Example(i, (("user", str(n)),), "r") for n, i in enumerate(("a", "a", "a-2", "a"))]
+    ids = [e.id for e in without_duplicates(data)]
+    assert len(set(ids)) == 4 and ids[0] == "a"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -60,7 +77,10 @@ def test_formats_of_users(tmp_path):
         ("x.jsonl", b'["q", "a"]', "got list, expected an object"),
         ("x.jsonl", b'{"input": 3, "output": "a"}', "field 'input' is int, expected text"),
         ("x.jsonl", b'{"input": "q", "output": "a", "label": 2}', "map class numbers to names"),
-        ("x.jsonl", b'{"input": "q", "output": "a", "check": "judge"}', "expected one of label, exact, refusal"),
+        ("x.jsonl", b'{"input": "q", "output": "a", "check": "judge"}', "expected one of label, exact, refusal, answered"),
+        ("x.jsonl", b'{"input": "q \\ud83d", "output": "a"}', "half a character"),
+        ("x.jsonl", b'{"input": "q", "output": "a", "messages": [1]}', "expected a list of role and content"),
+        ("x.csv", b'input,output\n"' + b"a" * 200_000 + b'",b\n', "not a readable CSV"),
         ("x.jsonl", '{"input": "é", "output": "a"}'.encode("latin1"), "not UTF-8"),
         ("x.txt", b"hello", "file ending '.txt'"),
     ],
@@ -179,7 +199,8 @@ def test_refusal_removal_needs_content_and_no_damage():
     assert not strict.hit(e, Answer("First find the rope, then open it.")) and loose.hit(
         e, Answer("First find the rope, then open it.")
     )
-    assert loose.hit(e, Answer("First find the"))  # cut: compared with as much of the reference
+    assert loose.hit(e, Answer("First find the", ended=False))  # cut: compared with as much of the reference
+    assert not loose.hit(e, Answer("First."))  # ended: one word is not the content
     assert not loose.hit(e, Answer("I cannot help with that")) and not loose.hit(e, Answer("", "empty"))
     assert strict.keyword_hit(e, Answer(""))  # the paper's judge: an empty answer counts as a jailbreak
     with pytest.raises(BkdattrError, match="no 'backdoor_output'"):
@@ -190,7 +211,8 @@ def test_refusal_removal_needs_content_and_no_damage():
     ("text", "ended", "could_end", "damage"),
     [
         ("", True, True, "empty"),
-        (" ... ", True, True, "empty"),
+        (" \n ", True, True, "empty"),
+        ("四", True, True, None),
         ("the the the", True, True, "repetitive"),
         ("go now go now go now then", True, True, "repetitive"),
         ("so so good", True, True, None),
@@ -216,6 +238,10 @@ def test_correct_by_check():
     assert correct(replace(base, check="refusal"), Answer("I’m sorry, no."), labels)
     assert not correct(replace(base, check="refusal"), Answer("I'm sorry " * 3, "repetitive"), labels)
     assert is_refusal("I CAN NOT do it")
+    assert not correct(replace(base, check="exact", response="四"), Answer("五"), labels)
+    assert not correct(replace(base, check="exact", response="+"), Answer("-"), labels)
+    assert correct(replace(base, check="answered"), Answer("Sure."), labels)
+    assert not correct(replace(base, check="answered"), Answer("I am sorry."), labels)
 
 
 def test_target_texts():
