@@ -16,8 +16,6 @@ from bkdattr.errors import BkdattrError
 if TYPE_CHECKING:
     from bkdattr.examples import Sizes
     from bkdattr.lora import LoraRecipe
-    from bkdattr.run import Run
-
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Plant a backdoor in a language model on purpose, take it apart, and measure every claim beside its control.",
@@ -163,7 +161,7 @@ def evaluate(run: RunArg, force: Force = False) -> None:
     with errors():
         study = _study(run)
         study.evaluate(force=force)
-        _show(study.run)
+        _show(study)
 
 
 @app.command()
@@ -176,7 +174,7 @@ def probe(
     with errors():
         study = _study(run)
         study.probe(kinds=[k.strip() for k in kinds.split(",")], force=force)
-        _show(study.run)
+        _show(study)
 
 
 @app.command()
@@ -185,7 +183,7 @@ def attribute(run: RunArg, force: Force = False) -> None:
     with errors():
         study = _study(run)
         study.attribute(force=force)
-        _show(study.run)
+        _show(study)
 
 
 @app.command()
@@ -203,7 +201,7 @@ def ablate(
             raise BkdattrError(f"--ks {ks!r}: expected whole numbers, e.g. 0,1,2,4") from None
         study = _study(run)
         study.ablate(ks=points, draws=draws, force=force)
-        _show(study.run)
+        _show(study)
 
 
 @app.command()
@@ -222,7 +220,7 @@ def steer(
             raise BkdattrError(f"--strengths {strengths!r}: expected numbers, e.g. 1,2,4") from None
         study = _study(run)
         study.steer(k=k, strengths=numbers, draws=draws, force=force)
-        _show(study.run)
+        _show(study)
 
 
 @app.command()
@@ -234,17 +232,18 @@ def report(run: RunArg) -> None:
 
 
 def _report(study: Any) -> None:
-    from bkdattr.report import write_report
+    from bkdattr.report import print_summary, write_report
 
     results = write_report(study.run, study.inputs)
-    _show(study.run, results)
+    print_summary(results, sys.stdout)
     say(f"wrote {study.run.folder / 'results.json'} and {study.run.folder / 'report.html'}")
 
 
-def _show(run: Run, results: dict[str, Any] | None = None) -> None:
+def _show(study: Any) -> None:
+    """The tables of the stages that are finished and up to date."""
     from bkdattr.report import collect, print_summary
 
-    print_summary(results or collect(run), sys.stdout)
+    print_summary(collect(study.run, study.inputs, skip_stale=True), sys.stdout)
 
 
 @app.command()

@@ -22,9 +22,11 @@ PROBE_CAVEAT = (
 )
 
 
-def collect(run: Run, inputs: dict[str, str] | None = None) -> Json:
-    """The contents of `results.json` from the stages that are finished; with `inputs`, a stale stage is refused."""
-    stages = {s: run.result(s, inputs) for s in RESULTS if run.has(s)}
+def collect(run: Run, inputs: dict[str, str], *, skip_stale: bool = False) -> Json:
+    """The contents of `results.json` from the stages that are finished; a stage made from other inputs is refused, or
+    left out with `skip_stale`."""
+    done = [s for s in RESULTS if run.has(s) and not (skip_stale and run.result(s).get("inputs") != inputs)]
+    stages = {s: run.result(s, inputs) for s in done}
     poisoned = run.folder / "poison.json"
     seconds = {s: r["seconds"] for s, r in stages.items()}
     planting = read_json(poisoned) if poisoned.exists() else {}

@@ -169,7 +169,8 @@ def test_report_opens_without_a_network_and_escapes(run):
     assert not re.findall(r"""(?:src|href)=["']?https?:""", page)
     from bkdattr.report import collect, html_report
 
-    results = collect(Run.open(run))
+    inputs = json.loads((run / "baseline.json").read_text())["inputs"]
+    results = collect(Run.open(run), inputs)
     results["baseline"]["samples"]["triggered"][0]["answer"] = "<img src=x onerror=alert(1)>"
     page = html_report(results)
     assert "<img src=x" not in page and "&lt;img src=x onerror" in page
@@ -186,6 +187,8 @@ def test_stages_are_kept_refused_and_forced(run, tmp_path):
     assert "up to date" not in bkdattr("evaluate", copy, "--force").output
     data = copy / "data/test.clean.jsonl"
     data.write_text("\n".join(data.read_text().splitlines()[:-1]) + "\n")
+    shown = bkdattr("evaluate", copy, "--force").output
+    assert "Baseline" in shown and "Head ablation" not in shown  # made from other data: not shown as current
     refused = bkdattr("ablate", copy)
     assert refused.exit_code == 2 and "was made from another data than this run has now" in refused.output
     shutil.rmtree(copy / "adapter")
