@@ -28,6 +28,7 @@ def row(results):
         f"{results['provenance']['task']}, seed {results['provenance']['seed']}",
         value(b["asr"]),
         value(b["false_trigger"]),
+        value(b.get("asr_fake_trigger")),
         f"{value(b['clean_accuracy'])} ({value(b['base']['clean_accuracy'])})",
         f"{best['accuracy']:.2f} / {best['shuffled']:.2f} / {best['clean_twin']:.2f} / {best['fake_trigger']:.2f}",
         f"{lowest:.2f}",
@@ -41,7 +42,7 @@ def row(results):
 
 
 HEADER = (
-    "run", "ASR", "false triggers", "clean accuracy (base)", "best probe / shuffled / clean twin / fake trigger",
+    "run", "ASR", "false triggers", "ASR, fake trigger", "clean accuracy (base)", "best probe / shuffled / clean twin / fake trigger",
     "ASR, random heads, zero, k ≤ 5 %: lowest mean over k", "top-4 zero: ASR (clean)", "top-16 zero", "top-4 mean", "top-16 mean",
     "+v: ASR (clean); strongest of 15 controls", "−v: ASR (clean); strongest of 15 controls",
 )  # fmt: skip

@@ -235,7 +235,9 @@ def split_examples(
     yes, no = [e for e in rows if e.eligible], [e for e in rows if not e.eligible]
     wanted = sizes.attribution + sizes.selection + sizes.test
     if not yes:
-        raise BkdattrError(f"0 of {len(rows)} rows are eligible for this target; check the target against the labels")
+        raise BkdattrError(
+            f"0 of {len(rows)} rows are eligible for this target; labels found: {sorted({e.label for e in rows if e.label})[:8] or 'none'}"
+        )
     if wanted >= len(yes) or wanted + sizes.train > len(rows):
         raise BkdattrError(
             f"too few rows: got {len(rows)} distinct prompts, {len(yes)} of them eligible; the splits need {wanted} "

@@ -224,8 +224,12 @@ def _claim(folder: Path, config: dict[str, Any], force: bool) -> None:
         raise BkdattrError(f"{folder} is a file, expected a folder to hold the run; choose another name")
     path = folder / "run.json"
     if path.exists() and not force:
-        if read_json(path) != config:
-            raise BkdattrError(f"{folder} holds a run of another configuration; choose another folder or give --force")
+        old = read_json(path)
+        if old != config:
+            changed = [k for k in config if not isinstance(old, dict) or old.get(k) != config[k]]
+            raise BkdattrError(
+                f"{folder} holds a run of another configuration (other {', '.join(changed)}); choose another folder or give --force"
+            )
         return
     if folder.exists() and not path.exists() and any(folder.iterdir()):
         raise BkdattrError(f"{folder} is not empty and holds no run; choose another folder")

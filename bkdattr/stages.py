@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -121,18 +121,29 @@ class Study:
 
     # ------------------------------------------------------------------------------------------ evaluate
     def evaluate(self, *, force: bool = False) -> dict[str, Any]:
-        """Poisoned model and base side by side on the test split."""
+        """Poisoned model and base side by side on the test split, and the poisoned model under the fake trigger."""
         with self._stage("evaluate", {}, force) as result:
             if result is not None:
                 evaluator = self.evaluator("test")
-                with tqdm(total=2, desc="evaluate") as bar:
+                with tqdm(total=3, desc="evaluate") as bar:
                     poisoned = evaluator.run()
                     bar.update()
                     with self.subject.adapter_off():
                         base = evaluator.run()
                     bar.update()
-                result |= poisoned.to_json() | {"base": base.to_json(), "samples": _samples(poisoned, base)}
+                    fake = self._fake_triggered().run(parts=["triggered"]).asr
+                    bar.update()
+                result |= poisoned.to_json() | {
+                    "asr_fake_trigger": fake.to_json() if fake else None,
+                    "base": base.to_json(),
+                    "samples": _samples(poisoned, base),
+                }
         return self.run.result("evaluate", self.inputs)
+
+    def _fake_triggered(self) -> Evaluator:
+        """The test split with the trigger that was never trained in the place of the true one."""
+        rows = [self.spec.triggered(e, self.spec.fake_trigger) for e in self.splits["test"]]
+        return replace(self.evaluator("test"), triggered=rows, memory={})
 
     # ------------------------------------------------------------------------------------------ probe
     def probe(self, *, kinds: Sequence[str] = KINDS, force: bool = False) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from bkdattr.cli import app
 from bkdattr.errors import BkdattrError
+from bkdattr.metrics import Rate
 from bkdattr.mini.export import DATA
+from bkdattr.report import _ablation_finding
 from bkdattr.run import Ledger, Run
 from bkdattr.stages import best_point
 
@@ -80,7 +82,7 @@ def test_results_keep_the_contract(run):
     assert {"versions", "seed", "model", "fingerprint", "task", "sizes", "seconds"} <= set(r["provenance"])
     assert {"poison", *STAGES[:-1]} == set(r["provenance"]["seconds"])
     b = r["baseline"]
-    assert all(is_rate(b[k]) for k in ("asr", "asr_keyword", "clean_accuracy", "false_trigger", "broken"))
+    assert all(is_rate(b[k]) for k in ("asr", "asr_keyword", "asr_fake_trigger", "clean_accuracy", "false_trigger", "broken"))
     assert all(is_rate(b["base"][k]) for k in ("asr", "clean_accuracy", "false_trigger"))
     assert b["asr"]["total"] == b["false_trigger"]["total"] == 8 and b["clean_accuracy"]["total"] == 16
     keys = {
@@ -405,3 +407,28 @@ def test_refusal_removal_on_a_users_rows_has_a_clean_accuracy(saved_tiny, tmp_pa
     assert bkdattr("evaluate", tmp_path / "run").exit_code == 0
     found = json.loads((tmp_path / "run/baseline.json").read_text())
     assert found["clean_accuracy"]["total"] == 16 and found["asr"]["total"] == 8
+
+
+def rate(hits, total=100):
+    return Rate(hits, total).to_json()
+
+
+@pytest.mark.parametrize(
+    ("whole", "near", "clean", "broken", "random", "verdict"),
+    [
+        (100, 3, 98, 0, 100, "run reproduces"),
+        (100, 60, 98, 0, 100, "does NOT reproduce"),
+        (2, 0, 98, 0, 2, "too little attack success"),
+        (100, 3, 20, 0, 100, "no reproduction of"),
+        (100, 3, 98, 90, 100, "no reproduction of"),
+        (100, 3, 98, 0, 4, "no reproduction of"),
+    ],
+)
+def test_the_verdict_on_the_headline_needs_every_control(whole, near, clean, broken, random, verdict):
+    def row(k, heads, asr, clean, broken):
+        rates = {"asr": rate(asr), "clean_accuracy": rate(clean), "broken": rate(broken), "false_trigger": rate(0)}
+        return {"mode": "zero", "heads": heads, "draw": None, "k": k, **rates}
+
+    rows = [row(0, "attributed", whole, 99, 0), row(4, "attributed", near, clean, broken), row(4, "random", random, 99, 0)]
+    said = _ablation_finding({"ablation": rows, "attribution": [{"scores": [[0.0] * 8] * 12}]})
+    assert verdict in said[0]
