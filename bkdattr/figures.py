@@ -159,7 +159,8 @@ def vector_controls(vector: Json) -> go.Figure:
     groups += [(k.replace("_", " "), v) for k, v in vector["controls"].items()]
     figure = make_subplots(cols=2, rows=1, subplot_titles=("activation ASR (higher: works)", "suppression ASR (lower: works)"))
     for column, side in ((1, "activate"), (2, "suppress")):
-        for (name, rows), color in zip(groups, (COLORS["asr"], COLORS["clean_accuracy"], COLORS["grey"]), strict=False):
+        for i, (name, rows) in enumerate(groups):
+            color = list(COLORS.values())[i % len(COLORS)]
             rates = [r[side]["asr"] for r in rows]
             figure.add_scatter(
                 x=[name] * len(rates), y=[r["value"] for r in rates], mode="markers", name=name, showlegend=False,

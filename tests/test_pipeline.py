@@ -137,6 +137,13 @@ def test_layer_and_strength_come_from_the_selection_split(run):
         assert (best["layer"], best["strength"]) == (v[side]["layer"], v[side]["strength"])
 
 
+def test_every_control_of_the_vector_is_drawn(run):
+    from bkdattr.figures import vector_controls
+
+    drawn = {t.name for t in vector_controls(json.loads((run / "results.json").read_text())["vector"]).data}
+    assert drawn == {"Backdoor Vector", "random heads", "random heads matched", "random direction"}
+
+
 def test_best_point_breaks_ties_by_clean_accuracy_then_layer():
     def point(layer, sign, asr, clean):
         rate = lambda x: {"value": x}  # noqa: E731
