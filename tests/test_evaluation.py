@@ -8,7 +8,7 @@ from bkdattr.architectures import HeadGeometry, HeadIndex
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluator, evaluate
 from bkdattr.examples import Example
-from bkdattr.interventions import AddVector, ScaleSite, Site
+from bkdattr.interventions import AddVector, ScaleSite, Site, edits_key
 from bkdattr.metrics import Rate
 from bkdattr.poisoning import BackdoorSpec
 from bkdattr.targets import FixedOutput, LabelFlip
@@ -73,6 +73,8 @@ def test_without_checkable_answers_agreement_and_logprob_stand_in(llama):
         base = evaluate(llama, rows, spec_hit(llama, "x"), max_new_tokens=5)
     assert found.clean_agreement == Rate(sum(a == b for a, b in zip(answers(llama, rows), twin, strict=True)), 4)
     assert base.clean_agreement == Rate(4, 4)
+    ev = Evaluator(llama, rows, spec_hit(llama, "x"), max_new_tokens=5)
+    assert ev.run() == ev.run() and (llama.fingerprint, "stand-ins", edits_key([])) in ev.memory  # scored once
     slow = [reference.response_probability(llama.causal_lm, llama.chat.prompt_ids(e.messages), [8, 2]) for e in rows]
     assert found.clean_logprob == pytest.approx(float(torch.tensor(slow).log().mean()), abs=1e-3)
 
