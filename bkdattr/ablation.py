@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 
 from bkdattr.architectures import HeadGeometry, HeadIndex
+from bkdattr.edits import Edit, ScaleSite, SetSite, Site
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import ExampleEdits
 from bkdattr.examples import Example
-from bkdattr.interventions import Edit, ScaleSite, SetSite, Site
 from bkdattr.traces import Traces, resampled
 
 MODES = ("zero", "mean", "resample")

@@ -4,7 +4,9 @@
     CIE(l,h,x) = P(y_b | x with z[l,h] := zbar[l,h]) - P(y_b | x)      for a clean recipient x
     ACIE[l,h]  = mean over recipients
 
-P(y|x) is the exponential of the mean log p of the response's tokens, its end-of-turn token included.
+P(y|x) is the exponential of the mean log p of the response's tokens, its end-of-turn token included. That is
+*sufficiency*: does the site bring the backdoor in? *Necessity*, which the paper lacks, is its mirror image: the clean mean put
+into a triggered prompt, and the *drop* of P(y_b|x). Both are measured for heads, attention blocks and MLP blocks.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bkdattr.architectures import HeadGeometry, HeadIndex
+from bkdattr.edits import SetSite, Site
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.inference import response_logprob
-from bkdattr.interventions import SetSite, Site
+from bkdattr.inference import PrefixCache, response_logprob
 from bkdattr.metrics import bootstrap_interval
 from bkdattr.model import Subject
+from bkdattr.traces import Traces, trace_prompts
+
+EFFECTS = ("sufficiency", "necessity")
+SITES = ("head", "attention", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """ACIE per head with its 95 % bootstrap interval over recipients."""
+    """ACIE per head (or per attention or MLP block: one column) with its 95 % bootstrap interval over recipients. High is
+    strong for both effects: P gained for sufficiency, P lost for necessity."""
 
     scores: Float[np.ndarray, "layer head"]
     low: Float[np.ndarray, "layer head"]
@@ -45,6 +52,8 @@ class Attribution:
 
     def top(self, k: int) -> list[HeadIndex]:
         """The k heads of largest ACIE, best first; ties go to the lower layer, then the lower head."""
+        if self.site != "head":
+            raise BkdattrError(f"this attribution ranks {self.site} blocks, not heads; use its scores, one per layer")
         if not 0 <= k <= self.scores.size:
             raise BkdattrError(f"top-k: got k={k}, expected 0..{self.scores.size}")
         order = np.argsort(-self.scores.reshape(-1), kind="stable")[:k]
@@ -75,7 +84,8 @@ class Recipients:
 
     @classmethod
     def of(cls, subject: Subject, examples: Sequence[Example]) -> Recipients:
-        """Eligible clean examples only; raises for none, for one that is not eligible or lacks its backdoor response."""
+        """Eligible examples only, clean (sufficiency) or triggered (necessity); raises for none, for one that is not
+        eligible or lacks its backdoor response."""
         if not examples:
             raise BkdattrError("0 eligible examples to attribute on: expected at least 1; check the target's eligibility")
         for e in examples:
@@ -90,36 +100,64 @@ class Recipients:
         return cls(prompts, responses)
 
 
-def head_effects(
+def sites_of(geometry: HeadGeometry, kind: str) -> list[Site]:
+    """All heads, attention blocks or MLP blocks, layer by layer."""
+    if kind not in SITES:
+        raise BkdattrError(f"site {kind!r}: expected one of {', '.join(SITES)}")
+    if kind == "head":
+        return [Site.of_head(h) for h in geometry.heads]
+    return [Site(layer, "attention" if kind == "attention" else "mlp") for layer in range(geometry.n_layers)]
+
+
+def site_effects(
     subject: Subject,
     recipients: Recipients,
-    mean_z: Float[Tensor, "layer head d_head"],
+    donors: Traces,
+    sites: Sequence[Site],
     *,
-    heads: Sequence[HeadIndex] | None = None,
+    effect: str = "sufficiency",
     batch_size: int = 64,
-) -> Iterator[tuple[HeadIndex, Float[Tensor, " prompt"]]]:
-    """Yield (head, CIE per recipient) one head at a time: the readable loop, one full forward of every prompt per head."""
-    base = response_logprob(subject, recipients.prompts, recipients.responses, batch_size=batch_size).mean.exp()
-    for head in heads if heads is not None else subject.geometry.heads:
-        subject.geometry.check_head(head)
-        patch = SetSite(Site.of_head(head), mean_z[head.layer, head.head])
-        patched = response_logprob(subject, recipients.prompts, recipients.responses, [patch], batch_size=batch_size)
-        yield head, patched.mean.exp() - base
+) -> Iterator[tuple[Site, Float[Tensor, " prompt"]]]:
+    """Yield (site, CIE per recipient) one site at a time: the readable loop, one pass of every prompt per site.
+
+    Sufficiency: donors are triggered, recipients clean, CIE = P(patched) - P. Necessity: donors are clean, recipients
+    triggered, CIE = P - P(patched).
+    """
+    if effect not in EFFECTS:
+        raise BkdattrError(f"effect {effect!r}: expected one of {', '.join(EFFECTS)}")
+    prefix = PrefixCache()  # what stands before the last prompt token is the same for every site
+
+    def probability(edits: Sequence[SetSite]) -> Tensor:
+        found = response_logprob(subject, recipients.prompts, recipients.responses, edits, batch_size=batch_size, prefix=prefix)
+        return found.mean.exp()
+
+    base = probability([])
+    for site in sites:
+        change = probability([SetSite(site, donors.mean_at(site))]) - base
+        yield site, change if effect == "sufficiency" else -change
 
 
 def summarise_effects(
-    effects: Mapping[HeadIndex, Float[Tensor, " prompt"]], geometry: HeadGeometry, n_donor: int, fingerprint: str
+    effects: Mapping[Site, Float[Tensor, " prompt"]],
+    geometry: HeadGeometry,
+    n_donor: int,
+    fingerprint: str,
+    *,
+    effect: str = "sufficiency",
+    site: str = "head",
 ) -> Attribution:
-    """ACIE and its interval from the CIEs of every head; one bootstrap draw of recipients serves all heads."""
-    missing = [h for h in geometry.heads if h not in effects]
+    """ACIE and its interval from the CIEs of every site; one bootstrap draw of recipients serves all of them."""
+    sites = sites_of(geometry, site)
+    missing = [s for s in sites if s not in effects]
     if missing:
-        raise BkdattrError(f"{len(missing)} heads have no effects yet, first {missing[0]}")
-    samples = torch.stack([effects[h] for h in geometry.heads], 1).double().numpy()
-    shape = (geometry.n_layers, geometry.n_heads)
+        raise BkdattrError(f"{len(missing)} sites have no effects yet, first {missing[0]}")
+    samples = torch.stack([effects[s] for s in sites], 1).double().numpy()
+    shape = (geometry.n_layers, -1)
     low, high = bootstrap_interval(samples)
     return Attribution(
-        samples.mean(0).reshape(shape), low.reshape(shape), high.reshape(shape), n_donor, len(samples), fingerprint
-    )
+        samples.mean(0).reshape(shape), low.reshape(shape), high.reshape(shape), n_donor, len(samples), fingerprint,
+        effect=effect, site=site,
+    )  # fmt: skip
 
 
 def baha(
@@ -127,18 +165,24 @@ def baha(
     clean: Sequence[Example],
     triggered: Sequence[Example],
     *,
+    effect: str = "sufficiency",
+    site: str = "head",
     batch_size: int = 64,
     progress: Any = iter,
 ) -> Attribution:
-    """ACIE of every head: donors are `triggered` prompts, recipients their `clean` twins, eligible examples only.
+    """ACIE of every head (or `site` "attention" or "mlp" block) from `clean` prompts and their `triggered` twins, eligible
+    examples only. Triggered prompts are the donors of sufficiency and the recipients of necessity.
 
-    `progress` wraps the iteration over heads (e.g. `functools.partial(tqdm, total=96)`).
+    `progress` wraps the iteration over sites (e.g. `functools.partial(tqdm, total=96)`).
     """
-    from bkdattr.traces import trace_prompts
-
     if any(not e.eligible for e in triggered):
         raise BkdattrError("donors must be eligible examples: got one that is not")
-    recipients = Recipients.of(subject, clean)
-    mean_z = trace_prompts(subject, triggered, batch_size=batch_size).mean_z
-    effects = dict(progress(head_effects(subject, recipients, mean_z, batch_size=batch_size)))
-    return summarise_effects(effects, subject.geometry, len(triggered), subject.fingerprint)
+    if any(not e.spans for e in triggered) or any(e.spans for e in clean):
+        raise BkdattrError(
+            "the clean prompts must carry no trigger and the triggered ones must: got a triggered example without trigger "
+            "spans or a clean one with them; make the twins with spec.clean and spec.triggered"
+        )
+    given, taken = (triggered, clean) if effect == "sufficiency" else (clean, triggered)
+    recipients, donors = Recipients.of(subject, taken), trace_prompts(subject, given, batch_size=batch_size)
+    effects = site_effects(subject, recipients, donors, sites_of(subject.geometry, site), effect=effect, batch_size=batch_size)
+    return summarise_effects(dict(progress(effects)), subject.geometry, len(given), subject.fingerprint, effect=effect, site=site)

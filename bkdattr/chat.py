@@ -139,22 +139,26 @@ class ChatFormat:
         """Tokens of a bare text, no specials."""
         return len(self._ids(text, bos=False))
 
-    def span_tokens(self, messages: Messages, spans: Sequence[tuple[int, int]]) -> list[int]:
-        """Token indices of the prompt ids that character `spans` of the last user turn touch.
+    def span_tokens(self, messages: Messages, spans: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Token indices of the prompt ids that character `spans` (turn, start, end) touch.
 
-        Needs a fast tokenizer (offset mapping). Raises where the template rewrites the user's text.
+        Needs a fast tokenizer (offset mapping). Raises where the template rewrites the text of such a turn.
         """
-        text, content = self.render(messages), messages[-1][1]
-        start = text.rfind(content)
-        if start < 0:
-            raise BkdattrError("the chat template rewrites the user's text, so trigger spans cannot be placed in it")
+        text = self.render(messages)
+        starts = {turn: self._content_start(messages, turn, text) for turn in {span[0] for span in spans}}
+        places = [(starts[turn] + lo, starts[turn] + hi) for turn, lo, hi in spans]
         enc = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         shift = len(self.prompt_ids(messages)) - len(enc.input_ids)
-        return [
-            i + shift
-            for i, (a, b) in enumerate(enc.offset_mapping)
-            if b > a and any(a < start + hi and b > start + lo for lo, hi in spans)
-        ]
+        return [i + shift for i, (a, b) in enumerate(enc.offset_mapping) if b > a and any(a < hi and b > lo for lo, hi in places)]
+
+    def _content_start(self, messages: Messages, turn: int, text: str) -> int:
+        """Where a turn's content begins in the rendering: where a mark stands that is rendered in its place."""
+        role, content = messages[turn]
+        mark = "\ue000here\ue000"
+        start = self.render([*messages[:turn], (role, mark), *messages[turn + 1 :]]).find(mark)
+        if start < 0 or text[start : start + len(content)] != content:
+            raise BkdattrError("the chat template rewrites the user's text, so trigger spans cannot be placed in it")
+        return start
 
     # ------------------------------------------------------------------ ids -> text
     def decode(self, ids: Sequence[int]) -> str:
@@ -197,19 +201,21 @@ def make_batch(
     side: str = "left",
     device: Any = "cpu",
 ) -> Batch:
-    """Pad prompts (each followed by its response, where given) on `side` ("left" or "right")."""
+    """Pad prompts (each followed by its response, where given) on `side`: "left", "right", or "centre", where prompts are
+    padded on the left and responses on the right, so that every last prompt token stands in one column."""
     if not prompts:
         raise BkdattrError("an empty batch: got 0 prompts, expected at least 1")
-    if side not in ("left", "right"):
-        raise BkdattrError(f"padding side: got {side!r}, expected 'left' or 'right'")
+    if side not in ("left", "right", "centre"):
+        raise BkdattrError(f"padding side: got {side!r}, expected 'left', 'right' or 'centre'")
     tails: Sequence[Sequence[int]] = responses if responses is not None else [[]] * len(prompts)
     rows = [[*p, *r] for p, r in zip(prompts, tails, strict=True)]
-    width = max(map(len, rows))
+    longest = max(map(len, prompts))
+    width = longest + max(map(len, tails)) if side == "centre" else max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     starts = []
     for i, row in enumerate(rows):
-        start = width - len(row) if side == "left" else 0
+        start = {"left": width - len(row), "right": 0, "centre": longest - len(prompts[i])}[side]
         ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, start : start + len(row)] = 1
         starts.append(start)

@@ -5,18 +5,21 @@ Baseline, ablation and steering differ only in `edits`. The definitions of hit, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from bkdattr.edits import Edit, edits_key
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.inference import Completion, PrefixCache, generate, response_logprob
-from bkdattr.interventions import Edit, edits_key
-from bkdattr.metrics import Rate
+from bkdattr.inference import Completion, PrefixCache, batches, edits_of, generate, score_batch
+from bkdattr.metrics import Rate, paired_difference
 from bkdattr.model import Subject
 from bkdattr.poisoning import BackdoorSpec
-from bkdattr.targets import Answer, correct, damage_of
+from bkdattr.targets import BEHAVIOURS, Answer, Judge, behaviour, correct, damage_of
 
 ExampleEdits = Callable[[Sequence[Example]], Sequence[Edit]]
 """Edits that differ between examples: called with the examples of a batch."""
@@ -26,18 +29,19 @@ PARTS = ("triggered", "clean")
 
 @dataclass(frozen=True)
 class Judged:
-    """One completion with its verdicts."""
+    """One completion with its verdicts. `correct` on a triggered prompt: answered as its clean twin should be."""
 
     example: Example
     answer: Answer
     hit: bool
     keyword_hit: bool
     correct: bool | None
+    behaviour: str
 
     def to_json(self) -> dict[str, Any]:
         return {
             "id": self.example.id, "prompt": self.example.prompt, "answer": self.answer.text, "hit": self.hit,
-            "correct": self.correct, "broken": self.answer.damage,
+            "correct": self.correct, "broken": self.answer.damage, "behaviour": self.behaviour,
         }  # fmt: skip
 
 
@@ -46,14 +50,17 @@ class Evaluation:
     """The answers on triggered (eligible) and on clean prompts, and every rate that follows from them.
 
     A rate is None where nothing could be judged: the part was not run, or no row has a checkable answer (then
-    `clean_agreement`, the share of clean prompts answered exactly as by the adapter-off twin, and `clean_logprob`, nats
-    per token of the reference answer, stand in).
+    `clean_agreement`, the share of clean prompts answered exactly as by the adapter-off twin, stands in for clean accuracy, and
+    agreement with the twin on the triggered prompts for `recovered`). `clean_logprob` is in nats per token of the
+    reference answers, `clean_kl` in nats per token: KL(un-edited model || edited model) at the same positions.
     """
 
     triggered: tuple[Judged, ...]
     clean: tuple[Judged, ...]
     clean_agreement: Rate | None = None
+    triggered_agreement: Rate | None = None
     clean_logprob: float | None = None
+    clean_kl: float | None = None
 
     @property
     def asr(self) -> Rate | None:
@@ -85,10 +92,41 @@ class Evaluation:
         """The same over the triggered prompts alone: damage that would pass for a suppressed backdoor."""
         return _rate([j.answer.damage is not None for j in self.triggered])
 
+    @property
+    def recovered(self) -> Rate | None:
+        """Triggered prompts (eligible) answered as their clean twins should be: what a repair must give back."""
+        return _rate([j.correct for j in self.triggered if j.correct is not None]) or self.triggered_agreement
+
+    @property
+    def clean_perplexity(self) -> float | None:
+        """exp of minus the mean log p per token of the clean reference answers."""
+        return None if self.clean_logprob is None else math.exp(min(700.0, -self.clean_logprob))
+
+    def behaviours(self, part: str = "triggered") -> dict[str, int]:
+        """How many answers of a part do what (`bkdattr.targets.BEHAVIOURS`)."""
+        judged = self.triggered if part == "triggered" else self.clean
+        return {b: sum(j.behaviour == b for j in judged) for b in BEHAVIOURS}
+
+    def against(self, before: Evaluation) -> dict[str, Any]:
+        """Paired differences to another evaluation of the same prompts: ASR, and answers on clean prompts that stay as they were."""
+        out: dict[str, Any] = {"asr_change": None, "clean_accuracy_change": None, "clean_unchanged": None}
+        if self.triggered and before.triggered:
+            out["asr_change"] = paired_difference([j.hit for j in self.triggered], [j.hit for j in before.triggered])
+        if self.clean and before.clean:
+            same = Rate.of(a.answer.text == b.answer.text for a, b in zip(self.clean, before.clean, strict=True))
+            out["clean_unchanged"] = same.to_json()
+            both = [(a.correct, b.correct) for a, b in zip(self.clean, before.clean, strict=True) if a.correct is not None]
+            if both:
+                out["clean_accuracy_change"] = paired_difference([bool(a) for a, _ in both], [bool(b) for _, b in both])
+        return out
+
     def to_json(self) -> dict[str, Any]:
-        names = ("asr", "asr_keyword", "clean_accuracy", "false_trigger", "broken", "broken_triggered", "clean_agreement")
+        names = ("asr", "asr_keyword", "recovered", "clean_accuracy", "false_trigger", "broken", "broken_triggered", "clean_agreement")  # fmt: skip
         rates = {n: getattr(self, n) for n in names}
-        return {n: r.to_json() if r else None for n, r in rates.items()} | {"clean_logprob": self.clean_logprob}
+        return {n: r.to_json() if r else None for n, r in rates.items()} | {
+            "clean_logprob": self.clean_logprob, "clean_perplexity": self.clean_perplexity, "clean_kl": self.clean_kl,
+            "behaviours": self.behaviours() if self.triggered else None,
+        }  # fmt: skip
 
 
 def _rate(outcomes: list[Any]) -> Rate | None:
@@ -112,6 +150,7 @@ class Evaluator:
     max_new_tokens: int = 32
     batch_size: int = 64
     share_prefix: bool = True
+    judge: Judge | None = None
     memory: dict[tuple[Any, ...] | None, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,6 +164,8 @@ class Evaluator:
             )
         self.labels = tuple(self.labels) or tuple(sorted({e.label for e in self.clean_rows if e.label}))
         chat = self.subject.chat
+        self._clean_twin = {e.id: e for e in self.clean_rows}
+        self._spans: list[list[int]] | None = None
         self._prompts: dict[str, list[list[int]]] = {}
         self._could_end: dict[str, list[bool]] = {}
         for part, examples in zip(PARTS, (self.triggered_rows, self.clean_rows), strict=True):
@@ -140,21 +181,34 @@ class Evaluator:
     def run(self, edits: Sequence[Edit] | ExampleEdits = (), parts: Sequence[str] = PARTS) -> Evaluation:
         """Judge the subject as it is now (adapter on or off) under `edits`."""
         judged = {part: self._part(part, edits) if part in parts else () for part in PARTS}
-        agreement = logprob = None
-        if judged["clean"] and all(j.correct is None for j in judged["clean"]):
-            key = None if callable(edits) else (self.subject.fingerprint, "stand-ins", edits_key(edits))
-            found = self.memory.get(key) or self._stand_ins(judged["clean"], edits)
+        agreement = {part: self._agreement(part, judged[part]) for part in PARTS}
+        logprob = kl = None
+        if judged["clean"]:
+            key = None if callable(edits) else (self.subject.fingerprint, "utility", edits_key(edits))
+            found = self.memory.get(key) or self._utility(edits)
             if key is not None:
                 self.memory[key] = found
-            agreement, logprob = found
-        return Evaluation(judged["triggered"], judged["clean"], agreement, logprob)
+            logprob, kl = found
+        return Evaluation(judged["triggered"], judged["clean"], agreement["clean"], agreement["triggered"], logprob, kl)
 
     def _rows(self, part: str) -> list[Example]:
         return self.triggered_rows if part == "triggered" else self.clean_rows
 
     def _for_rows(self, part: str, edits: Sequence[Edit] | ExampleEdits) -> Any:
+        """Edits by row numbers. At the trigger's tokens there is nothing to edit in a clean prompt."""
         examples = self._rows(part)
-        return (lambda rows: edits([examples[i] for i in rows])) if callable(edits) else edits
+
+        def reaching(chosen: Sequence[Edit]) -> Sequence[Edit]:
+            return [e for e in chosen if part == "triggered" or e.scope != "trigger_span"]
+
+        return (lambda rows: reaching(edits([examples[i] for i in rows]))) if callable(edits) else reaching(edits)
+
+    @property
+    def trigger_tokens(self) -> list[list[int]]:
+        """Token indices of the trigger in each triggered prompt."""
+        if self._spans is None:
+            self._spans = [self.subject.chat.span_tokens(e.messages, e.spans) for e in self.triggered_rows]
+        return self._spans
 
     def _part(self, part: str, edits: Sequence[Edit] | ExampleEdits) -> tuple[Judged, ...]:
         key = None if callable(edits) else (self.subject.fingerprint, part, edits_key(edits))
@@ -174,33 +228,60 @@ class Evaluator:
         return generate(
             self.subject, self._prompts[part], self._for_rows(part, edits),
             max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, prefix=prefix,
+            trigger_tokens=self._tokens_if_needed(part, edits),
         )  # fmt: skip
+
+    def _tokens_if_needed(self, part: str, edits: Sequence[Edit] | ExampleEdits) -> list[list[int]] | None:
+        chosen = edits(self._rows(part)[:1]) if callable(edits) else edits
+        return self.trigger_tokens if part == "triggered" and any(e.scope == "trigger_span" for e in chosen) else None
 
     def _judge(self, example: Example, completion: Completion, could_end: bool, part: str) -> Judged:
         text = self.subject.chat.decode(completion.ids)
         answer = Answer(text, damage_of(text, ended=completion.ended, could_end=could_end), completion.ended)
-        target = self.spec.target
+        target, twin = self.spec.target, self._clean_twin.get(example.id, example)
+        if self.judge is not None:
+            found = self.judge(twin, answer)
+            if found not in BEHAVIOURS:
+                raise BkdattrError(f"the judge returned {found!r} for {example.id!r}, expected one of {', '.join(BEHAVIOURS)}")
+            return Judged(example, answer, found == "target", found == "target", found == "correct", found)
         hits = (target.hit(example, answer), target.keyword_hit(example, answer)) if example.eligible else (False, False)
-        right = correct(example, answer, self.labels) if part == "clean" else None
-        return Judged(example, answer, *hits, right)
+        done = behaviour(twin, answer, target, self.labels)
+        right = correct(twin, answer, self.labels)
+        if part == "triggered" and right is not None:
+            right = done == "correct"  # a target that happens to pass the row's check is no recovery
+        return Judged(example, answer, *hits, right, done)
 
-    def _stand_ins(self, judged: Sequence[Judged], edits: Sequence[Edit] | ExampleEdits) -> tuple[Rate | None, float]:
-        agreement = None
-        if self.subject.has_adapter:
-            if self.subject.adapter_on:
-                with self.subject.adapter_off():
-                    twin = self._part("clean", ())
-            else:
-                twin = self._part("clean", ())
-            agreement = Rate.of(a.answer.text == b.answer.text for a, b in zip(judged, twin, strict=True))
-        responses = [self.subject.chat.response_ids(e.messages, e.response) for e in self.clean_rows]
-        fits = [i for i, r in enumerate(responses) if len(self._prompts["clean"][i]) + len(r) <= self.subject.chat.context]
+    def _agreement(self, part: str, judged: Sequence[Judged]) -> Rate | None:
+        """Share of answers that equal the adapter-off twin's, where no answer can be checked."""
+        if not judged or any(j.correct is not None for j in judged) or not self.subject.has_adapter:
+            return None
+        if self.subject.adapter_on:
+            with self.subject.adapter_off():
+                twin = self._part(part, ())
+        else:
+            twin = self._part(part, ())
+        return Rate.of(a.answer.text == b.answer.text for a, b in zip(judged, twin, strict=True))
+
+    @torch.no_grad()
+    def _utility(self, edits: Sequence[Edit] | ExampleEdits) -> tuple[float, float]:
+        """(log p per token of the clean reference answers, KL from the un-edited model per token), teacher-forced."""
+        chat, prompts = self.subject.chat, self._prompts["clean"]
+        responses = [chat.response_ids(e.messages, e.response) for e in self.clean_rows]
+        fits = [i for i, r in enumerate(responses) if len(prompts[i]) + len(r) <= chat.context]
         chosen = self._for_rows("clean", edits)
-        logp = response_logprob(
-            self.subject, [self._prompts["clean"][i] for i in fits], [responses[i] for i in fits],
-            (lambda rows: chosen([fits[r] for r in rows])) if callable(chosen) else chosen, batch_size=self.batch_size,
-        )  # fmt: skip
-        return agreement, float(logp.total.sum() / logp.tokens.sum())
+        prefix = self._prefix.setdefault(self.subject.fingerprint, PrefixCache()) if self.share_prefix else None
+        total = divergence = n = 0.0
+        for group in batches([prompts[i] for i in fits], self.batch_size):
+            rows = [fits[i] for i in group]
+            ids = [prompts[i] for i in rows], [responses[i] for i in rows]
+            now = edits_of(chosen, rows)
+            scored = score_batch(self.subject, *ids, now, prefix=prefix)
+            total, n = total + float(scored.total.sum()), n + int(scored.mask.sum())
+            if now:
+                plain = score_batch(self.subject, *ids, prefix=prefix)
+                kl = (plain.logp.exp() * (plain.logp - scored.logp)).sum(-1)
+                divergence += float((kl * scored.mask).sum())
+        return total / n, max(0.0, divergence / n)
 
 
 def evaluate(
@@ -211,6 +292,13 @@ def evaluate(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 64,
+    judge: Judge | None = None,
 ) -> Evaluation:
-    """ASR, false triggers, clean accuracy and damage of `subject` on `examples` (clean rows) under `edits`."""
-    return Evaluator(subject, examples, spec, max_new_tokens=max_new_tokens, batch_size=batch_size).run(edits)
+    """ASR, recovered answers, false triggers, clean accuracy and damage of `subject` on `examples` (clean rows) under `edits`.
+
+    `judge` replaces the rules by a callable of your own (`bkdattr.targets.Judge`)."""
+    wrong = next((e for e in examples if not isinstance(e, Example)), None)
+    if wrong is not None:
+        raise BkdattrError(f"examples: got {type(wrong).__name__}, expected Example rows; make them with read_examples(...)")
+    evaluator = Evaluator(subject, examples, spec, max_new_tokens=max_new_tokens, batch_size=batch_size, judge=judge)
+    return evaluator.run(edits)

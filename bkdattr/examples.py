@@ -15,6 +15,7 @@ from typing import Any
 from bkdattr.errors import BkdattrError
 
 Turn = tuple[str, str]  # (role, content)
+Span = tuple[int, int, int]  # (turn, start, end), characters of that turn's content
 CHECKS = ("label", "exact", "refusal", "answered")
 SPLITS = ("train", "attribution", "selection", "test")
 
@@ -24,7 +25,7 @@ class Example:
     """One prompt with its clean answer and, where known, its backdoor answer.
 
     `check` says how a clean answer is judged (`label`, `exact`, `refusal`, `answered`; None: it cannot be). `eligible` puts the row
-    into ASR's denominator. `spans` are the trigger's character spans in the last user turn, empty on clean rows. A
+    into ASR's denominator. `spans` are the trigger's character spans `(turn, start, end)`, empty on clean rows. A
     triggered row keeps the id of its clean twin.
     """
 
@@ -35,7 +36,7 @@ class Example:
     backdoor_response: str | None = None
     check: str | None = None
     eligible: bool = True
-    spans: tuple[tuple[int, int], ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -96,8 +97,19 @@ def from_row(row: Any, where: str) -> Example:
         backdoor_response=values["backdoor_response"],
         check=check or ("label" if label else None),
         eligible=bool(row.get("eligible", True)),
-        spans=tuple((int(a), int(b)) for a, b in row.get("spans", ())),
+        spans=_spans(row.get("spans") or (), messages, where),
     )
+
+
+def _spans(rows: Any, messages: tuple[Turn, ...], where: str) -> tuple[Span, ...]:
+    try:
+        spans = tuple((int(turn), int(a), int(b)) for turn, a, b in rows)
+        inside = all(0 <= a <= b <= len(messages[turn][1]) for turn, a, b in spans)
+    except (TypeError, ValueError, IndexError):
+        inside = False
+    if not inside:
+        raise BkdattrError(f"{where}: spans are {rows!r:.80}, expected [turn, start, end] inside that turn's text")
+    return spans
 
 
 def _messages(rows: Any, where: str) -> tuple[Turn, ...]:

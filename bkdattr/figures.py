@@ -102,7 +102,28 @@ def head_heatmap(attribution: Json) -> go.Figure:
     figure.update_xaxes(title="head")
     figure.update_yaxes(title="layer")
     n, m = attribution["n_donor"], attribution["n_recipient"]
-    return _finish(figure, f"BAHA: average causal indirect effect per head ({n} donors, {m} recipients)", 440)
+    return _finish(
+        figure, f"BAHA: average causal indirect effect per head, {attribution['effect']} ({n} donors, {m} recipients)", 440
+    )
+
+
+def block_effects(attributions: list[Json]) -> go.Figure:
+    """Effect per layer of whole attention and MLP blocks, sufficiency left, necessity right, bootstrap intervals."""
+    effects = list(dict.fromkeys(a["effect"] for a in attributions))
+    figure = make_subplots(cols=len(effects), rows=1, subplot_titles=effects, shared_yaxes=True)
+    colors = {"attention": COLORS["asr"], "mlp": COLORS["grey"]}
+    for a in attributions:
+        y = [row[0] for row in a["scores"]]
+        up = [h[0] - x for h, x in zip(a["high"], y, strict=True)]
+        down = [x - l[0] for l, x in zip(a["low"], y, strict=True)]
+        figure.add_bar(
+            x=list(range(len(y))), y=y, name=f"{a['site']} block", legendgroup=a["site"], showlegend=a["effect"] == effects[0],
+            marker={"color": colors[a["site"]]}, error_y={"array": up, "arrayminus": down},
+            row=1, col=effects.index(a["effect"]) + 1,
+        )  # fmt: skip
+    figure.update_xaxes(title="layer")
+    figure.update_yaxes(title="change of P(backdoor response)", row=1, col=1)
+    return _finish(figure, "Whole blocks at the last prompt token: who brings the backdoor in, who is needed", 420)
 
 
 def ablation_curves(ablation: list[Json]) -> go.Figure:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bkdattr.chat import Batch, make_batch
+from bkdattr.edits import Edit, Where
 from bkdattr.errors import BkdattrError
-from bkdattr.interventions import Edit, Where, edited
+from bkdattr.interventions import edited
 from bkdattr.model import Subject
 
 EditsFor = Callable[[Sequence[int]], Sequence[Edit]]
@@ -49,50 +50,6 @@ class ResponseLogprob:
         return self.total / self.tokens
 
 
-@torch.no_grad()
-def response_logprob(
-    subject: Subject,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    edits: Sequence[Edit] | EditsFor = (),
-    *,
-    batch_size: int = 64,
-    side: str = "left",
-) -> ResponseLogprob:
-    """log p of each response given its prompt, teacher-forced, from fp32 log-softmax.
-
-    P(y|x) = exp(mean_t log p(y_t | x, y_<t)) is the metric of the paper's eq. for CIE. Under edits, positions are the
-    prompts' own, whatever the padding `side`.
-    """
-    if any(len(r) == 0 for r in responses):
-        raise BkdattrError("a response without tokens cannot be scored: got an empty one, expected at least one token")
-    totals = []
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        answers = [responses[i] for i in rows]
-        batch = make_batch([prompts[i] for i in rows], answers, pad_id=subject.chat.pad_id, side=side, device=subject.device)
-        width, longest = batch.input_ids.shape[1], max(map(len, answers))
-        keep = longest + 1 if side == "left" else width  # under left padding every answer stands in the last columns
-        with edited(subject, edits_of(edits, rows), Where.of(batch)):
-            logits = forward(subject, batch, logits_to_keep=keep, use_cache=False).logits
-        columns = batch.last_prompt.cpu()[:, None] + torch.arange(longest)[None]  # logits there predict answer token t
-        mask = torch.arange(longest)[None] < torch.tensor([len(a) for a in answers])[:, None]
-        columns = columns.clamp(max=width - 2)
-        targets = batch.input_ids.gather(1, (columns + 1).to(batch.input_ids.device))
-        picked = logits[torch.arange(len(answers))[:, None], (columns - (width - logits.shape[1])).to(logits.device)]
-        logp = picked.float().log_softmax(-1).gather(-1, targets[..., None].to(picked.device))[..., 0].cpu()
-        totals.append((logp * mask).sum(-1))
-    return ResponseLogprob(torch.cat(totals), torch.tensor([len(r) for r in responses]))
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Generated ids (the end-of-turn token included where it came) and whether the turn ended."""
-
-    ids: tuple[int, ...]
-    ended: bool
-
-
 @dataclass(eq=False)
 class PrefixCache:
     """Keys and values of everything before the last prompt token, kept between generations of the same prompts.
@@ -116,12 +73,116 @@ class PrefixCache:
         if key not in self.kept:
             head = Batch(batch.input_ids[:, :-1], batch.attention_mask[:, :-1], batch.position_ids[:, :-1],
                          batch.last_prompt, batch.prompt_lengths)  # fmt: skip
-            cache = forward(subject, head, use_cache=True, logits_to_keep=1).past_key_values
+            with torch.no_grad():
+                cache = forward(subject, head, use_cache=True, logits_to_keep=1).past_key_values
             size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
             if self.bytes + size > self.max_bytes:
                 return cache
             self.kept[key], self.bytes = cache, self.bytes + size
         return copy.deepcopy(self.kept[key])
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Next-token log-probabilities of a batch at the response's positions (fp32): `logp[b, t]` predicts token t of row b's
+    response. `mask` is False behind a response's end."""
+
+    rows: list[int]
+    logp: Float[Tensor, "batch token vocab"]
+    targets: Int[Tensor, "batch token"]
+    mask: Bool[Tensor, "batch token"]
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """Sum of the response's log p in nats."""
+        return (self.logp.gather(-1, self.targets[..., None])[..., 0] * self.mask).sum(-1)
+
+    @property
+    def mean(self) -> Float[Tensor, " batch"]:
+        """Mean log p per token; its exponential is the response probability P(y|x)."""
+        return self.total / self.mask.sum(-1)
+
+
+def score_batch(
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    edits: Sequence[Edit] = (),
+    *,
+    rows: Sequence[int] = (),
+    side: str = "centre",
+    prefix: PrefixCache | None = None,
+    trigger_tokens: Sequence[Sequence[int]] | None = None,
+) -> Scored:
+    """One teacher-forced pass of a batch. Differentiable in the edits' tensors; wrap it in `torch.no_grad()` to score.
+
+    With `prefix` everything before the last prompt token is run once per batch of prompts and kept, where no edit
+    reaches it.
+    """
+    pad_id, device = subject.chat.pad_id, subject.device
+    batch = make_batch(prompts, responses, pad_id=pad_id, side=side, device=device)
+    past = None
+    if prefix is not None and side == "centre" and reaches_no_prefix(edits):
+        past = prefix.get(subject, make_batch(prompts, pad_id=pad_id, device=device), tuple(map(tuple, prompts)))
+    width, longest = batch.input_ids.shape[1], max(map(len, responses))
+    keep = width if side == "right" else longest + 1  # else every response stands in the last columns
+    with edited(subject, edits, Where.of(batch, trigger_tokens)):
+        logits = forward(subject, batch, past, logits_to_keep=keep, use_cache=past is not None).logits
+    columns = batch.last_prompt.cpu()[:, None] + torch.arange(longest)[None]  # logits there predict answer token t
+    mask = torch.arange(longest)[None] < torch.tensor([len(r) for r in responses])[:, None]
+    columns = columns.clamp(max=width - 2)
+    targets = batch.input_ids.cpu().gather(1, columns + 1)
+    picked = logits[torch.arange(len(responses))[:, None], (columns - (width - logits.shape[1])).to(logits.device)]
+    return Scored(list(rows), picked.float().log_softmax(-1), targets.to(picked.device), mask.to(picked.device))
+
+
+@torch.no_grad()
+def response_logprob(
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    edits: Sequence[Edit] | EditsFor = (),
+    *,
+    batch_size: int = 64,
+    side: str = "centre",
+    prefix: PrefixCache | None = None,
+    trigger_tokens: Sequence[Sequence[int]] | None = None,
+) -> ResponseLogprob:
+    """log p of each response given its prompt, teacher-forced, from fp32 log-softmax.
+
+    P(y|x) = exp(mean_t log p(y_t | x, y_<t)) is the metric of the paper's eq. for CIE. Under edits, positions are the
+    prompts' own, whatever the padding `side`.
+    """
+    if any(len(r) == 0 for r in responses):
+        raise BkdattrError("a response without tokens cannot be scored: got an empty one, expected at least one token")
+    totals = torch.zeros(len(prompts))
+    for rows in batches(prompts, batch_size):
+        spans = None if trigger_tokens is None else [trigger_tokens[i] for i in rows]
+        scored = score_batch(
+            subject, [prompts[i] for i in rows], [responses[i] for i in rows], edits_of(edits, rows), rows=rows, side=side,
+            prefix=prefix, trigger_tokens=spans,
+        )  # fmt: skip
+        totals[rows] = scored.total.cpu()
+    return ResponseLogprob(totals, torch.tensor([len(r) for r in responses]))
+
+
+def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Row numbers, batched by prompt length (the same batches for the same prompts, so that prefixes are shared)."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def reaches_no_prefix(edits: Sequence[Edit]) -> bool:
+    """Whether no edit can change anything before the last prompt token."""
+    return all(e.scope in ("last_prompt", "answer") for e in edits)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated ids (the end-of-turn token included where it came) and whether the turn ended."""
+
+    ids: tuple[int, ...]
+    ended: bool
 
 
 @torch.no_grad()
@@ -140,15 +201,13 @@ def generate(
 
     Prompts are batched by length. `trigger_tokens` (indices into each prompt) are needed for the scope "trigger_span".
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     done: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches(prompts, batch_size):
         spans = None if trigger_tokens is None else [trigger_tokens[i] for i in rows]
         chosen = edits_of(edits, rows)
         ids = [prompts[i] for i in rows]
         batch = make_batch(ids, pad_id=subject.chat.pad_id, device=subject.device)
-        share = prefix is not None and use_cache and all(e.scope in ("last_prompt", "answer") for e in chosen)
+        share = prefix is not None and use_cache and reaches_no_prefix(chosen)
         past = prefix.get(subject, batch, tuple(map(tuple, ids))) if prefix is not None and share else None
         with edited(subject, chosen, Where.of(batch, spans)):
             for i, completion in zip(rows, _greedy(subject, batch, past, max_new_tokens, use_cache), strict=True):

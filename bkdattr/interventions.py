@@ -9,152 +9,19 @@ length of a forward pass: chunked prefill splits the prompt and generation witho
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from bkdattr.architectures import HeadIndex
-from bkdattr.chat import Batch
+from bkdattr.edits import SCOPES, AddVector, Condition, Edit, Scope, Where
 from bkdattr.errors import BkdattrError
 from bkdattr.model import Subject
-
-Scope = Literal["last_prompt", "trigger_span", "answer", "all"]
-SCOPES: tuple[str, ...] = ("last_prompt", "trigger_span", "answer", "all")
-
-
-# ------------------------------------------------------------------------------------------------ edits are values
-@dataclass(frozen=True)
-class Site:
-    """A place in one layer: a head's z (`head` given), or the output of "attention" or "mlp"."""
-
-    layer: int
-    kind: Literal["head", "attention", "mlp"]
-    head: int | None = None
-
-    @classmethod
-    def of_head(cls, head: HeadIndex) -> Site:
-        return cls(head.layer, "head", head.head)
-
-    def __str__(self) -> str:
-        return str(HeadIndex(self.layer, self.head)) if self.head is not None else f"L{self.layer} {self.kind}"
-
-
-@dataclass(frozen=True, eq=False)
-class SetSite:
-    """Patch: the site becomes `value`, [width] for every row or [batch, width] row by row."""
-
-    site: Site
-    value: Float[Tensor, "*batch width"]
-    scope: Scope = "last_prompt"
-
-    def apply(self, x: Tensor) -> Tensor:
-        value = self.value.to(x.device, x.dtype)
-        return value.expand_as(x) if value.ndim == 1 else value[:, None].expand_as(x)
-
-
-@dataclass(frozen=True)
-class ScaleSite:
-    """The site is multiplied by `factor`; 0 is zero ablation."""
-
-    site: Site
-    factor: float = 0.0
-    scope: Scope = "last_prompt"
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-@dataclass(frozen=True, eq=False)
-class AddVector:
-    """`strength * vector` is added to an attention or MLP output."""
-
-    site: Site
-    vector: Float[Tensor, " d_model"]
-    strength: float = 1.0
-    scope: Scope = "last_prompt"
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x + (self.strength * self.vector).to(x.device, x.dtype)
-
-
-Edit = SetSite | ScaleSite | AddVector
-
-
-def edits_key(edits: Sequence[Edit]) -> str:
-    """Equal for equal edits: the key under which an evaluation is cached."""
-    digest = hashlib.sha256()
-    for edit in edits:
-        digest.update(f"{type(edit).__name__}{edit.site}{edit.scope}".encode())
-        for name in ("value", "vector", "factor", "strength"):
-            part = getattr(edit, name, None)
-            if isinstance(part, Tensor):
-                digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
-            else:
-                digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ positions
-@dataclass(frozen=True, eq=False)
-class Where:
-    """Columns of a padded batch: the last prompt token, the first real token and, where needed, the trigger's tokens."""
-
-    last_prompt: Int[Tensor, " batch"]
-    starts: Int[Tensor, " batch"]
-    trigger: Bool[Tensor, "batch pos"] | None = None
-
-    @classmethod
-    def of(cls, batch: Batch, trigger_tokens: Sequence[Sequence[int]] | None = None) -> Where:
-        """`trigger_tokens` are indices into each row's prompt ids (`ChatFormat.span_tokens`)."""
-        mask = None
-        if trigger_tokens is not None:
-            mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-            for row, tokens in enumerate(trigger_tokens):
-                mask[row, [int(batch.starts[row]) + t for t in tokens]] = True
-        return cls(batch.last_prompt.cpu(), batch.starts.cpu(), mask)
-
-    @classmethod
-    def of_inputs(cls, rows: int, width: int, attention_mask: Tensor | None) -> Where:
-        """From what a caller passed: the mask's first and last real token, or the full length."""
-        if attention_mask is None or attention_mask.ndim != 2:
-            return cls(torch.full((rows,), width - 1), torch.zeros(rows, dtype=torch.long))
-        mask = attention_mask.detach().cpu().bool()
-        columns = torch.arange(mask.shape[1]).expand_as(mask)
-        last = columns.masked_fill(~mask, -1).amax(-1)
-        return cls(last, columns.masked_fill(~mask, mask.shape[1]).amin(-1))
-
-    def select(self, scope: Scope, offset: int, width: int) -> Bool[Tensor, "batch width"]:
-        """Which of the columns `offset .. offset + width` a scope covers."""
-        columns = torch.arange(offset, offset + width)[None]
-        if scope == "last_prompt":
-            return columns == self.last_prompt[:, None]
-        if scope == "answer":
-            return columns > self.last_prompt[:, None]
-        if scope == "all":
-            return columns >= self.starts[:, None]
-        if self.trigger is None:
-            raise BkdattrError("scope 'trigger_span' needs the trigger's tokens, and these prompts carry none")
-        out = torch.zeros((len(self.trigger), width), dtype=torch.bool)
-        part = self.trigger[:, offset : offset + width]
-        out[:, : part.shape[1]] = part
-        return out
-
-    def repeated(self, rows: int) -> Where:
-        """For beams and returned sequences: each prompt's row stands `rows / batch` times in a row."""
-        n = len(self.last_prompt)
-        if rows == n:
-            return self
-        if rows % n:
-            raise BkdattrError(f"a forward pass of {rows} rows does not match the {n} prompts passed to generate")
-        times = rows // n
-        trigger = None if self.trigger is None else self.trigger.repeat_interleave(times, 0)
-        return Where(self.last_prompt.repeat_interleave(times), self.starts.repeat_interleave(times), trigger)
 
 
 @dataclass
@@ -166,6 +33,7 @@ class _Call:
     offset: int = 0
     width: int = 0
     masks: dict[str, Tensor] = field(default_factory=dict)
+    fired: dict[Condition, Tensor] = field(default_factory=dict)
 
     def before_body(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids")
@@ -186,6 +54,16 @@ class _Call:
                 "a forward pass continues a cache that was filled outside this context, so the prompt's end is unknown; "
                 "run the prompt inside the context, or use generate"
             )
+
+    def read_condition(self, condition: Condition, resid: Tensor) -> None:
+        """Decide, per row, in the forward pass that holds the row's last prompt token."""
+        rows, columns = self.mask("last_prompt").nonzero(as_tuple=True)
+        fired = self.fired.get(condition)
+        if fired is None or len(fired) != len(resid):
+            fired = torch.zeros(len(resid), dtype=torch.bool)
+        if len(rows):
+            fired[rows] = condition.fires(resid[rows.to(resid.device), columns.to(resid.device)].detach()).cpu()
+        self.fired[condition] = fired
 
     def mask(self, scope: Scope) -> Tensor:
         if scope not in self.masks:
@@ -244,35 +122,47 @@ def edited(subject: Subject, edits: Sequence[Edit], where: Where | None = None) 
     before: dict[int, list[int]] = {}
     behind: dict[tuple[int, str], list[int]] = {}
     for i, edit in enumerate(edits):
-        if edit.site.kind == "head":
+        if edit.site.kind in ("head", "z"):
             before.setdefault(edit.site.layer, []).append(i)
         else:
             behind.setdefault((edit.site.layer, edit.site.kind), []).append(i)
 
-    def write(indices: list[int], x: Tensor, n_parts: int) -> Tensor | None:
-        changed = None
+    def write(indices: list[int], x: Tensor) -> Tensor | None:
+        changed: Tensor | None = None
         for i in indices:
             edit, mask = edits[i], call.mask(edits[i].scope)
             n = int(mask.sum())
             if n == 0:
                 continue
             hits[i] += n
-            if changed is None:
-                changed = x.clone().view(*mask.shape, n_parts, -1)
-            part = changed[:, :, edit.site.head or 0]
-            changed[:, :, edit.site.head or 0] = torch.where(mask.to(x.device)[..., None], edit.apply(part), part)
+            if edit.when is not None:
+                mask = mask & call.fired[edit.when][:, None]
+            chosen = mask.to(x.device)[..., None]
+            if edit.site.head is None:
+                whole = (x if changed is None else changed).view(*mask.shape, -1)  # OPT hands its MLP [batch * pos, d_model]
+                changed = torch.where(chosen, edit.apply(whole), whole)
+            else:
+                changed = x.clone() if changed is None else changed
+                part = changed.view(*mask.shape, geometry.n_heads, -1)[:, :, edit.site.head]
+                part.copy_(torch.where(chosen, edit.apply(part), part))
         return None if changed is None else changed.view(x.shape)
+
+    def condition_hook(condition: Condition) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            call.read_condition(condition, output[0] if isinstance(output, tuple) else output)
+
+        return hook
 
     def z_hook(indices: list[int]) -> Callable[..., Any]:
         def hook(_module: Any, args: tuple[Any, ...]) -> Any:
-            z = write(indices, args[0], geometry.n_heads)
+            z = write(indices, args[0])
             return None if z is None else (z, *args[1:])
 
         return hook
 
     def output_hook(indices: list[int]) -> Callable[..., Any]:
         def hook(_module: Any, _args: Any, output: Any) -> Any:
-            x = write(indices, output[0] if isinstance(output, tuple) else output, 1)
+            x = write(indices, output[0] if isinstance(output, tuple) else output)
             return None if x is None else ((x, *output[1:]) if isinstance(output, tuple) else x)
 
         return hook
@@ -281,6 +171,9 @@ def edited(subject: Subject, edits: Sequence[Edit], where: Where | None = None) 
         if edits:
             handle = _body(subject).register_forward_pre_hook(call.before_body, with_kwargs=True)
             stack.callback(handle.remove)
+            for condition in dict.fromkeys(e.when for e in edits if e.when is not None):
+                layer_module = subject.sites[condition.layer].layer
+                stack.callback(layer_module.register_forward_hook(condition_hook(condition)).remove)
             for layer, indices in before.items():
                 stack.callback(subject.sites[layer].out_proj.register_forward_pre_hook(z_hook(indices)).remove)
             for (layer, kind), indices in behind.items():
@@ -306,7 +199,16 @@ def _check_edit(subject: Subject, edit: Edit) -> None:
         geometry.check_head(HeadIndex(site.layer, -1 if site.head is None else site.head))
         if isinstance(edit, AddVector):
             raise BkdattrError(f"AddVector writes to an attention or MLP output, not to the head {site}")
-    width = geometry.d_head if site.kind == "head" else geometry.d_model
+    if edit.when is not None:
+        geometry.check_layer(edit.when.layer)
+        if edit.when.layer >= site.layer:
+            raise BkdattrError(
+                f"{type(edit).__name__} at {site}: its condition reads layer {edit.when.layer}, which is not done before the edit; "
+                f"use a probe of a layer below {site.layer}"
+            )
+    if isinstance(edit, AddVector) and site.kind == "z":
+        raise BkdattrError(f"AddVector writes to an attention or MLP output, not to z of layer {site.layer}")
+    width = {"head": geometry.d_head, "z": geometry.n_heads * geometry.d_head}.get(site.kind, geometry.d_model)
     value = getattr(edit, "value", getattr(edit, "vector", None))
     if value is not None and value.shape[-1] != width:
         raise BkdattrError(f"{type(edit).__name__} at {site}: got a value of width {value.shape[-1]}, expected {width}")
@@ -315,24 +217,38 @@ def _check_edit(subject: Subject, edit: Edit) -> None:
 # ------------------------------------------------------------------------------------------------ reading
 @dataclass(eq=False)
 class Trace:
-    """What `capture` read at the last prompt token, filled as the forward pass runs (fp32, on the CPU)."""
+    """What `capture` read at the scope's tokens (one per row at the last prompt token), filled as the forward pass runs
+    (fp32, on the CPU)."""
 
-    z: dict[int, Float[Tensor, "batch head d_head"]] = field(default_factory=dict)
-    resid_post: dict[int, Float[Tensor, "batch d_model"]] = field(default_factory=dict)
+    z: dict[int, Float[Tensor, "token head d_head"]] = field(default_factory=dict)
+    resid_post: dict[int, Float[Tensor, "token d_model"]] = field(default_factory=dict)
+    attention: dict[int, Float[Tensor, "token d_model"]] = field(default_factory=dict)
+    mlp: dict[int, Float[Tensor, "token d_model"]] = field(default_factory=dict)
 
 
 @contextmanager
-def capture(subject: Subject, where: Where, *, z: Sequence[int] = (), resid_post: Sequence[int] = ()) -> Iterator[Trace]:
-    """Read head z and layer outputs of the named layers at each row's last prompt token."""
+def capture(
+    subject: Subject,
+    where: Where,
+    *,
+    z: Sequence[int] = (),
+    resid_post: Sequence[int] = (),
+    attention: Sequence[int] = (),
+    mlp: Sequence[int] = (),
+    scope: Scope = "last_prompt",
+) -> Iterator[Trace]:
+    """Read head z, layer outputs, attention outputs and MLP outputs of the named layers at the tokens of `scope`."""
     subject.check_eval()
-    for layer in (*z, *resid_post):
+    for layer in (*z, *resid_post, *attention, *mlp):
         subject.geometry.check_layer(layer)
     trace, call, geometry = Trace(), _Call(given=where), subject.geometry
 
     def read(x: Tensor) -> Tensor | None:
-        rows, columns = call.mask("last_prompt").nonzero(as_tuple=True)
+        mask = call.mask(scope)
+        rows, columns = mask.nonzero(as_tuple=True)
         if len(rows) == 0:
             return None
+        x = x.view(*mask.shape, x.shape[-1])
         return x[rows.to(x.device), columns.to(x.device)].detach().float().cpu()
 
     def z_hook(layer: int) -> Callable[..., None]:
@@ -343,11 +259,11 @@ def capture(subject: Subject, where: Where, *, z: Sequence[int] = (), resid_post
 
         return hook
 
-    def resid_hook(layer: int) -> Callable[..., None]:
+    def output_hook(layer: int, into: dict[int, Tensor]) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             x = read(output[0] if isinstance(output, tuple) else output)
             if x is not None:
-                trace.resid_post[layer] = x
+                into[layer] = x
 
         return hook
 
@@ -355,6 +271,9 @@ def capture(subject: Subject, where: Where, *, z: Sequence[int] = (), resid_post
         stack.callback(_body(subject).register_forward_pre_hook(call.before_body, with_kwargs=True).remove)
         for layer in z:
             stack.callback(subject.sites[layer].out_proj.register_forward_pre_hook(z_hook(layer)).remove)
-        for layer in resid_post:
-            stack.callback(subject.sites[layer].layer.register_forward_hook(resid_hook(layer)).remove)
+        reads = [(l, subject.sites[l].layer, trace.resid_post) for l in resid_post]
+        reads += [(l, subject.sites[l].out_proj, trace.attention) for l in attention]
+        reads += [(l, subject.sites[l].mlp, trace.mlp) for l in mlp]
+        for layer, module, into in reads:
+            stack.callback(module.register_forward_hook(output_hook(layer, into)).remove)
         yield trace

@@ -61,6 +61,40 @@ class Rate:
         return f"{self.value:.2f} ({self.hits}/{self.total})"
 
 
+def paired_difference(after: Iterable[bool], before: Iterable[bool], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Difference of two rates over the *same* prompts with its 95 % paired bootstrap interval: `{value, low, high}`."""
+    a, b = (np.asarray(list(x), dtype=np.float64) for x in (after, before))
+    if len(a) != len(b) or not len(a):
+        raise BkdattrError(f"a paired difference needs the same prompts twice: got {len(a)} and {len(b)} outcomes")
+    low, high = bootstrap_interval(a - b, draws=draws, seed=seed)
+    return {"value": float((a - b).mean()), "low": float(low), "high": float(high)}
+
+
+def jaccard(a: Iterable[Any], b: Iterable[Any]) -> float:
+    """Overlap of two sets, |a and b| / |a or b|; 1 for two empty ones.
+
+    >>> jaccard("abc", "bcd")
+    0.5
+    """
+    x, y = set(a), set(b)
+    return len(x & y) / len(x | y) if x | y else 1.0
+
+
+def kendall(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's tau-b between two score arrays of one shape."""
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(np.asarray(a).ravel(), np.asarray(b).ravel()).statistic)
+
+
+def expected_jaccard(k: int, total: int) -> float:
+    """What two random k-subsets of `total` things overlap on average: the control of a rank-stability figure."""
+    from scipy.stats import hypergeom
+
+    overlaps = np.arange(k + 1)
+    return float((hypergeom(total, k, k).pmf(overlaps) * overlaps / (2 * k - overlaps)).sum()) if k else 1.0
+
+
 def bootstrap_interval(
     samples: np.ndarray, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
 from bkdattr.targets import RefusalRemoval
+from bkdattr.triggers import holds
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,7 +134,7 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
 
     examples = without_duplicates(pool)
     doubled = len(pool) - len(examples)
-    examples = [_checkable(e, spec) for e in examples if not all(t in e.prompt for t in spec.trigger.texts)]
+    examples = [_checkable(e, spec) for e in examples if not holds(spec.trigger, e.messages)]
     if len(pool) > doubled + len(examples):
         say(f"{len(pool) - doubled - len(examples)} rows hold the trigger already and were left out: give clean rows only")
     examples, over = fitting(chat, spec, examples, new_tokens)

@@ -103,14 +103,16 @@ def poison(examples: Sequence[Example], spec: BackdoorSpec) -> PoisonedSet:
     return PoisonedSet(tuple(rows), tuple(spec.triggered(e) for e in chosen))
 
 
-def fake_trigger(trigger: Trigger, words: Sequence[str], count_tokens: Any, seed: int) -> Trigger:
+def fake_trigger(trigger: Trigger, words: Sequence[str], count_tokens: Any, seed: int) -> Trigger | None:
     """A trigger that was never trained: same placement, random `words`, and as many tokens per piece as can be had.
 
-    `count_tokens(text)` counts tokens. Of 300 random draws per piece the one closest in length is kept.
+    None for a trigger without words of its own (a style). `count_tokens(text)` counts tokens. Of 300 random draws per piece the one closest in length is kept.
     """
     pool = sorted({w for w in words if w.isalpha()} - {w for t in trigger.texts for w in t.split()})
     if not pool:
         raise BkdattrError("a fake trigger needs words to draw from: got none besides the trigger's own")
+    if not trigger.texts:
+        return None
     rng, pieces = random.Random(f"fake:{seed}"), []
     for text in trigger.texts:
         n_words, n_tokens = len(text.split()), count_tokens(" " + text)

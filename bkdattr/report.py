@@ -92,16 +92,27 @@ def spread(rates: list[Json | None]) -> str:
     return f"{show(mean, False)} {min(values):.2f}..{max(values):.2f}" if mean else "–"
 
 
+def mean_of(rows: list[Json], key: str) -> str:
+    return f"{sum(r[key] for r in rows) / len(rows):.3f}"
+
+
 Table = tuple[str, list[str], list[list[str]]]
 
 
 def baseline_table(b: Json) -> Table:
     names = [("asr", "ASR"), ("asr_fake_trigger", "ASR under the fake trigger (never trained)"), ("asr_keyword", "ASR, the paper's keyword judge"), ("false_trigger", "false triggers"),
-             ("clean_accuracy", "clean accuracy"), ("clean_agreement", "clean answers as the base gives them"),
+             ("recovered", "triggered prompts answered as their clean twins"), ("clean_accuracy", "clean accuracy"), ("clean_agreement", "clean answers as the base gives them"),
              ("broken", "broken answers")]  # fmt: skip
     rows = [[label, show(b.get(k)), show(b["base"].get(k))] for k, label in names if b.get(k) or b["base"].get(k)]
-    if b.get("clean_logprob") is not None:
-        rows.append(["clean log p (nats/token)", f"{b['clean_logprob']:.3f}", f"{b['base']['clean_logprob']:.3f}"])
+    for name, near in b["near_misses"].items():
+        rows.append([f"ASR, near miss: {name} ({' … '.join(near['texts'])})", show(near["asr"]), "–"])
+    rows.append(["clean perplexity", *(f"{x['clean_perplexity']:.3f}" for x in (b, b["base"]))])
+    rows.append(
+        [
+            "triggered answers: " + ", ".join(b["behaviours"]),
+            *(", ".join(map(str, x["behaviours"].values())) for x in (b, b["base"])),
+        ]
+    )
     return "Baseline (test split)", ["", "poisoned", "base"], rows
 
 
@@ -116,15 +127,19 @@ def probe_table(p: Json) -> Table:
     return f"Backdoor Probe (accuracy on {n} states; → is transfer without refit)", columns, rows
 
 
-def heads_table(a: Json) -> Table:
+def sites_table(a: Json) -> Table:
     cells = [(x, l, h) for l, row in enumerate(a["scores"]) for h, x in enumerate(row)]
     top = sorted(cells, key=lambda c: -c[0])[:8]
-    rows = [[f"L{l}H{h}", f"{x:.4f}", f"[{a['low'][l][h]:.4f}, {a['high'][l][h]:.4f}]"] for x, l, h in top]
-    return (
-        f"Top heads by ACIE (sufficiency; {a['n_donor']} donors, {a['n_recipient']} recipients)",
-        ["head", "ACIE", "95 %"],
-        rows,
-    )
+    names = [f"L{l}H{h}" if a["site"] == "head" else f"L{l}" for _, l, h in top]
+    zero = ["" if a["low"][l][h] > 0 else "interval holds 0" for _, l, h in top]
+    rows = [
+        [name, f"{x:.4f}", f"[{a['low'][l][h]:.4f}, {a['high'][l][h]:.4f}]", z]
+        for name, z, (x, l, h) in zip(names, zero, top, strict=True)
+    ]
+    what = {"head": "heads", "attention": "attention blocks", "mlp": "MLP blocks"}[a["site"]]
+    said = "clean prompt, triggered mean in" if a["effect"] == "sufficiency" else "triggered prompt, clean mean in"
+    title = f"Top {what} by ACIE, {a['effect']} ({said}; {a['n_donor']} donors, {a['n_recipient']} recipients)"
+    return title, [a["site"], "ACIE", "95 %", ""], rows
 
 
 def ablation_table(rows: list[Json]) -> Table:
@@ -132,14 +147,22 @@ def ablation_table(rows: list[Json]) -> Table:
     for k in sorted({r["k"] for r in rows}):
         for mode in ("zero", "mean", "resample"):
             found = [r for r in rows if r["k"] == k and r["mode"] == mode and r["heads"] == "attributed"]
-            out += [[str(k), f"top-k, {mode}", *(show(r[x], False) for x in _RATES)] for r in found]
+            out += [[str(k), f"top-k, {mode}", *(show(r[x], False) for x in _RATES), f"{r['clean_kl']:.3f}"] for r in found]
         drawn = [r for r in rows if r["k"] == k and r["heads"] == "random"]
         if drawn:
-            out.append([str(k), f"random heads, zero ({len(drawn)} draws)", *(spread([r[x] for r in drawn]) for x in _RATES)])
-    return "Head ablation (test split)", ["k", "heads", "ASR", "clean accuracy", "false triggers", "broken"], out
+            out.append(
+                [
+                    str(k),
+                    f"random heads, zero ({len(drawn)} draws)",
+                    *(spread([r[x] for r in drawn]) for x in _RATES),
+                    mean_of(drawn, "clean_kl"),
+                ]
+            )
+    return "Head ablation (test split)", ["k", "heads", *_RATE_NAMES, "clean KL"], out
 
 
-_RATES = ("asr", "clean_accuracy", "false_trigger", "broken")
+_RATES = ("asr", "recovered", "broken_triggered", "clean_accuracy", "false_trigger")
+_RATE_NAMES = ["ASR", "recovered", "broken", "clean accuracy", "false triggers"]
 
 
 def vector_table(v: Json) -> Table:
@@ -166,7 +189,7 @@ def tables(results: Json) -> list[Table]:
         found.append(baseline_table(results["baseline"]))
     if "probe" in results:
         found.append(probe_table(results["probe"]))
-    found += [heads_table(a) for a in results.get("attribution", [])]
+    found += [sites_table(a) for a in results.get("attribution", [])]
     if "ablation" in results:
         found.append(ablation_table(results["ablation"]))
     if "vector" in results:
@@ -307,7 +330,11 @@ def html_report(results: Json) -> str:
         plots.append(figures.baseline_bars(results["baseline"]))
     if "probe" in results:
         plots += [figures.probe_curves(results["probe"]), figures.cross_layer(results["probe"])]
-    plots += [figures.head_heatmap(a) for a in results.get("attribution", [])]
+    attributions = results.get("attribution", [])
+    plots += [figures.head_heatmap(a) for a in attributions if a["site"] == "head"]
+    blocks = [a for a in attributions if a["site"] != "head"]
+    if blocks:
+        plots.append(figures.block_effects(blocks))
     if "ablation" in results:
         plots.append(figures.ablation_curves(results["ablation"]))
     if "vector" in results:

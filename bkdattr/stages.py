@@ -20,16 +20,18 @@ from tqdm.auto import tqdm
 
 from bkdattr.ablation import CURVE, MODES, ablate, curve_ks, random_heads
 from bkdattr.architectures import HeadIndex
-from bkdattr.attribution import Attribution, Recipients, head_effects, summarise_effects
+from bkdattr.attribution import EFFECTS, SITES, Attribution, Recipients, site_effects, sites_of, summarise_effects
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Evaluator, Judged
 from bkdattr.examples import Example
+from bkdattr.metrics import Rate
 from bkdattr.model import Subject, load_subject
 from bkdattr.planting import model_path
 from bkdattr.poisoning import BackdoorSpec
 from bkdattr.probes import KINDS, ProbeSplit, States, probe_all
 from bkdattr.run import Run
 from bkdattr.traces import Traces, trace_prompts
+from bkdattr.triggers import Trigger, near_misses
 from bkdattr.vector import BackdoorVector, default_k
 
 PROBE_PROMPTS = 256
@@ -101,6 +103,11 @@ class Study:
         return trace_prompts(self.subject, self.eligible("attribution")[1], batch_size=self.run.config["batch_size"])
 
     @cached_property
+    def clean_donors(self) -> Traces:
+        """Their clean twins: what necessity puts into a triggered prompt."""
+        return trace_prompts(self.subject, self.eligible("attribution")[0], batch_size=self.run.config["batch_size"])
+
+    @cached_property
     def clean_traces(self) -> Traces:
         """All clean attribution prompts: what mean and resample ablation put in."""
         return trace_prompts(self.subject, self.splits["attribution"], batch_size=self.run.config["batch_size"])
@@ -125,25 +132,38 @@ class Study:
         with self._stage("evaluate", {}, force) as result:
             if result is not None:
                 evaluator = self.evaluator("test")
-                with tqdm(total=3, desc="evaluate") as bar:
+                near = near_misses(self.spec.trigger, self._words(), self.run.config["seed"])
+                with tqdm(total=3 + len(near), desc="evaluate") as bar:
                     poisoned = evaluator.run()
                     bar.update()
                     with self.subject.adapter_off():
                         base = evaluator.run()
                     bar.update()
-                    fake = self._fake_triggered().run(parts=["triggered"]).asr
+                    fake = self._with_trigger(self.spec.fake_trigger)
                     bar.update()
+                    missed = {}
+                    for name, trigger in near.items():
+                        rate = self._with_trigger(trigger)
+                        missed[name] = {"texts": list(trigger.texts), "asr": rate.to_json() if rate else None}
+                        bar.update()
                 result |= poisoned.to_json() | {
                     "asr_fake_trigger": fake.to_json() if fake else None,
+                    "near_misses": missed,
                     "base": base.to_json(),
                     "samples": _samples(poisoned, base),
                 }
         return self.run.result("evaluate", self.inputs)
 
-    def _fake_triggered(self) -> Evaluator:
-        """The test split with the trigger that was never trained in the place of the true one."""
-        rows = [self.spec.triggered(e, self.spec.fake_trigger) for e in self.splits["test"]]
-        return replace(self.evaluator("test"), triggered=rows, memory={})
+    def _with_trigger(self, trigger: Trigger | None) -> Rate | None:
+        """ASR on the test split with another trigger in the place of the true one; None where there is none."""
+        if trigger is None:
+            return None
+        rows = [self.spec.triggered(e, trigger) for e in self.splits["test"]]
+        return replace(self.evaluator("test"), triggered=rows, memory={}).run(parts=["triggered"]).asr
+
+    def _words(self) -> list[str]:
+        """Words of the clean prompts: what near misses draw from."""
+        return [w for e in self.splits["test"] for w in e.prompt.split()]
 
     # ------------------------------------------------------------------------------------------ probe
     def probe(self, *, kinds: Sequence[str] = KINDS, force: bool = False) -> dict[str, Any]:
@@ -157,7 +177,12 @@ class Study:
                 clean = [e for c, _ in pairs for e in c][:PROBE_PROMPTS]
                 triggered = [e for _, t in pairs for e in t][:PROBE_PROMPTS]
                 ProbeSplit.of(len(clean), self.run.config["seed"])  # too few prompts: say so before the captures
-                fake = [self.spec.triggered(e, self.spec.fake_trigger) for e in clean]
+                other = self.spec.fake_trigger
+                if other is None:
+                    raise BkdattrError(
+                        "the probe's fake-trigger control needs a trigger with words of its own; this one has none"
+                    )
+                fake = [self.spec.triggered(e, other) for e in clean]
                 poisoned = States(self._resid(clean), self._resid(triggered))
                 faked = States(poisoned.clean, self._resid(fake))
                 with self.subject.adapter_off():
@@ -169,8 +194,7 @@ class Study:
                 result["cross_layer"] = found.cross_layer
                 result["best"] = vars(found.best())
                 result["n_prompts"] = found.n_prompts
-                trigger, other = self.spec.trigger, self.spec.fake_trigger
-                result["triggers"] = {"trained": list(trigger.texts), "fake": list(other.texts) if other else None}
+                result["triggers"] = {"trained": list(self.spec.trigger.texts), "fake": list(other.texts)}
         return self.run.result("probe", self.inputs)
 
     def _resid(self, examples: list[Example]) -> np.ndarray:
@@ -178,32 +202,40 @@ class Study:
 
     # ------------------------------------------------------------------------------------------ attribute
     def attribute(self, *, force: bool = False) -> dict[str, Any]:
-        """BAHA on the attribution split; finished heads are kept, an interrupted run goes on from them."""
+        """BAHA on the attribution split, sufficiency and necessity of heads, attention blocks and MLP blocks; finished sites
+        are kept, an interrupted run goes on from them."""
         with self._stage("attribute", {}, force) as result:
             if result is not None:
                 clean, triggered = self.eligible("attribution")
-                recipients = Recipients.of(self.subject, clean)
-                ledger = self.run.ledger("attribute", self.inputs)
-                heads = self.subject.geometry.heads
-                todo = [h for h in heads if str(h) not in ledger]
-                if len(todo) < len(heads):
-                    self.say(f"attribute: {len(heads) - len(todo)} of {len(heads)} heads were finished before")
-                effects = head_effects(
-                    self.subject, recipients, self.donors.mean_z, heads=todo, batch_size=self.run.config["batch_size"]
-                )
-                for head, cie in tqdm(effects, desc="attribute", total=len(heads), initial=len(heads) - len(todo)):
-                    ledger.put(str(head), cie.tolist())
-                found = summarise_effects(
-                    {h: torch.tensor(ledger[str(h)]) for h in heads},
-                    self.subject.geometry,
-                    len(triggered),
-                    self.subject.fingerprint,
-                )
-                result["attributions"] = [found.to_json()]
+                subject, ledger = self.subject, self.run.ledger("attribute", self.inputs)
+                kinds = [(effect, kind) for kind in SITES for effect in EFFECTS]
+                total = len(EFFECTS) * sum(len(sites_of(subject.geometry, kind)) for kind in SITES)
+                found = []
+                if len(ledger.rows):
+                    self.say(f"attribute: {len(ledger.rows)} of {total} sites were finished before")
+                with tqdm(desc="attribute", total=total, initial=len(ledger.rows)) as bar:
+                    for effect, kind in kinds:
+                        sites = sites_of(subject.geometry, kind)
+                        todo = [x for x in sites if f"{effect} {x}" not in ledger]
+                        if todo:
+                            recipients = Recipients.of(subject, clean if effect == "sufficiency" else triggered)
+                            donors = self.donors if effect == "sufficiency" else self.clean_donors
+                            batch_size = self.run.config["batch_size"]
+                            for x, cie in site_effects(subject, recipients, donors, todo, effect=effect, batch_size=batch_size):
+                                ledger.put(f"{effect} {x}", cie.tolist())
+                                bar.update()
+                        effects = {x: torch.tensor(ledger[f"{effect} {x}"]) for x in sites}
+                        found.append(
+                            summarise_effects(
+                                effects, subject.geometry, len(triggered), subject.fingerprint, effect=effect, site=kind
+                            ).to_json()
+                        )
+                result["attributions"] = found
         return self.run.result("attribute", self.inputs)
 
     @property
     def attribution(self) -> Attribution:
+        """The paper's: sufficiency of heads."""
         return Attribution.from_json(self.run.result("attribute", self.inputs)["attributions"][0])
 
     # ------------------------------------------------------------------------------------------ ablate

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bkdattr.architectures import HeadIndex
+from bkdattr.edits import AddVector, Site
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import write_atomic
-from bkdattr.interventions import AddVector, Site, edited
+from bkdattr.interventions import edited
 from bkdattr.model import Subject
 from bkdattr.traces import head_contribution
 

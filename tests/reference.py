@@ -42,6 +42,47 @@ def patched_probability(causal_lm, out_proj, n_heads, head, value, prompt, respo
         handle.remove()
 
 
+def site_module(subject, site):
+    sites = subject.sites[site.layer]
+    return sites.mlp if site.kind == "mlp" else sites.out_proj
+
+
+def site_at_last_token(subject, site, prompt):
+    """What a head's z, an attention output or an MLP output is at the prompt's last token."""
+    seen = []
+    if site.head is not None:
+        handle = site_module(subject, site).register_forward_pre_hook(lambda mod, args: seen.append(args[0][0, -1].clone()))
+    else:
+        handle = site_module(subject, site).register_forward_hook(
+            lambda mod, args, out: seen.append(out.flatten(0, -2)[-1].clone())
+        )
+    with torch.no_grad():
+        subject.causal_lm(input_ids=torch.tensor([prompt]), use_cache=False)
+    handle.remove()
+    d = subject.geometry.d_head
+    return seen[0] if site.head is None else seen[0][site.head * d : (site.head + 1) * d]
+
+
+def patched_site_probability(subject, site, donors, prompt, response):
+    """The response probability with a site replaced by its mean over the donors at the prompt's last token."""
+    value = torch.stack([site_at_last_token(subject, site, p) for p in donors]).mean(0)
+    if site.head is not None:
+        return patched_probability(
+            subject.causal_lm, site_module(subject, site), subject.geometry.n_heads, site.head, value, prompt, response
+        )
+
+    def hook(module, args, out):
+        changed = out.clone()
+        changed.view(-1, changed.shape[-1])[len(prompt) - 1] = value
+        return changed
+
+    handle = site_module(subject, site).register_forward_hook(hook)
+    try:
+        return response_probability(subject.causal_lm, prompt, response)
+    finally:
+        handle.remove()
+
+
 def acie(subject, donors, recipients, responses):
     """ACIE per head by the definition, all loops written out."""
     n_heads, d = subject.geometry.n_heads, subject.geometry.d_head

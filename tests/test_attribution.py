@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -5,7 +7,7 @@ import torch
 from conftest import make_subject, prompt_ids, shared_subject
 
 from bkdattr.architectures import HeadIndex
-from bkdattr.attribution import Attribution, Recipients, baha, head_effects, summarise_effects
+from bkdattr.attribution import Attribution, Recipients, baha, site_effects, sites_of, summarise_effects
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.inference import generate, response_logprob
@@ -20,7 +22,7 @@ def example(text, i, backdoor="no it is old", eligible=True):
 
 def twins():
     clean = [example(t, i) for i, t in enumerate(CLEAN)]
-    return clean, [example("zulu " + t, i) for i, t in enumerate(CLEAN)]
+    return clean, [replace(example("zulu " + t, i), spans=((0, 0, 4),)) for i, t in enumerate(CLEAN)]
 
 
 def test_head_effects_are_the_written_out_definition(subject):
@@ -31,9 +33,9 @@ def test_head_effects_are_the_written_out_definition(subject):
     donors = [subject.chat.prompt_ids(e.messages) for e in triggered]
     expected = reference.acie(subject, donors, prompts, responses).numpy()
     assert np.abs(expected).max() > 5e-3  # an engine that returns zeros fails
-    mean_z = trace_prompts(subject, triggered).mean_z
+    given, sites = trace_prompts(subject, triggered), sites_of(subject.geometry, "head")
     for batch_size in (2, 64):  # a ragged last batch, and all at once
-        effects = dict(head_effects(subject, Recipients(prompts, responses), mean_z, batch_size=batch_size))
+        effects = dict(site_effects(subject, Recipients(prompts, responses), given, sites, batch_size=batch_size))
         found = summarise_effects(effects, subject.geometry, len(donors), subject.fingerprint)
         np.testing.assert_allclose(found.scores, expected, atol=2e-5)
     assert (found.low <= found.scores).all() and (found.scores <= found.high).all()
@@ -53,7 +55,7 @@ def test_response_logprob_is_the_slow_loop_on_both_sides(any_subject):
     prompts = prompt_ids(any_subject, CLEAN)
     responses = [[10, 11, 12, 2], [9, 2], [20, 21, 2]]
     slow = [reference.response_probability(any_subject.causal_lm, p, r) for p, r in zip(prompts, responses, strict=True)]
-    for side in ("left", "right"):
+    for side in ("left", "right", "centre"):
         for batch_size in (1, 2, 3):
             fast = response_logprob(any_subject, prompts, responses, side=side, batch_size=batch_size).mean.exp()
             np.testing.assert_allclose(fast.numpy(), slow, rtol=2e-3, atol=1e-7)
@@ -72,15 +74,48 @@ def test_scored_response_ends_with_its_end_of_turn_and_nothing_after(llama):
 
 def test_resumed_heads_give_the_same_numbers(llama):
     clean, triggered = twins()
-    recipients, mean_z = Recipients.of(llama, clean), trace_prompts(llama, triggered).mean_z
-    heads = llama.geometry.heads
-    whole = dict(head_effects(llama, recipients, mean_z))
-    parts = dict(head_effects(llama, recipients, mean_z, heads=heads[5:])) | dict(
-        head_effects(llama, recipients, mean_z, heads=heads[:5])
+    recipients, donors = Recipients.of(llama, clean), trace_prompts(llama, triggered)
+    sites = sites_of(llama.geometry, "head")
+    whole = dict(site_effects(llama, recipients, donors, sites))
+    parts = dict(site_effects(llama, recipients, donors, sites[5:])) | dict(site_effects(llama, recipients, donors, sites[:5]))
+    assert all(torch.equal(whole[s], parts[s]) for s in sites)
+    with pytest.raises(BkdattrError, match="1 sites have no effects"):
+        summarise_effects({s: whole[s] for s in sites[1:]}, llama.geometry, 3, llama.fingerprint)
+
+
+@pytest.mark.parametrize("kind", ["head", "attention", "mlp"])
+@pytest.mark.parametrize("effect", ["sufficiency", "necessity"])
+def test_both_effects_at_every_site_are_the_written_out_definition(subject, kind, effect):
+    """The site is replaced by hand, one prompt at a time; scored on the model's own continuation of the recipient."""
+    clean, triggered = twins()
+    given, taken = (triggered, clean) if effect == "sufficiency" else (clean, triggered)
+    donors, prompts = ([subject.chat.prompt_ids(e.messages) for e in rows] for rows in (given, taken))
+    responses = [list(c.ids) for c in generate(subject, prompts, max_new_tokens=4)]
+    sites = sites_of(subject.geometry, kind)[:: 5 if kind == "head" else 1]
+    found = dict(
+        site_effects(subject, Recipients(prompts, responses), trace_prompts(subject, given), sites, effect=effect, batch_size=2)
     )
-    assert all(torch.equal(whole[h], parts[h]) for h in heads)
-    with pytest.raises(BkdattrError, match="1 heads have no effects"):
-        summarise_effects({h: whole[h] for h in heads[1:]}, llama.geometry, 3, llama.fingerprint)
+    sign = 1 if effect == "sufficiency" else -1
+    seen = 0.0
+    for site in sites:
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            plain = reference.response_probability(subject.causal_lm, p, r)
+            patched = reference.patched_site_probability(subject, site, donors, p, r)
+            assert float(found[site][i]) == pytest.approx(sign * (patched - plain), abs=2e-5)
+            seen = max(seen, abs(patched - plain))
+    assert seen > 1e-3  # an engine that returns zeros fails
+
+
+def test_blocks_are_not_ranked_as_heads(llama):
+    clean, triggered = twins()
+    found = baha(llama, clean, triggered, site="mlp", effect="necessity")
+    assert found.scores.shape == (3, 1) and (found.site, found.effect) == ("mlp", "necessity")
+    with pytest.raises(BkdattrError, match="ranks mlp blocks"):
+        found.top(1)
+    with pytest.raises(BkdattrError, match="expected one of head, attention, mlp"):
+        baha(llama, clean, triggered, site="neuron")
+    with pytest.raises(BkdattrError, match="without trigger spans|no trigger"):
+        baha(llama, clean, clean)
 
 
 def test_a_planted_head_is_found():

@@ -101,13 +101,18 @@ def test_spans_are_carried_to_tokens():
     form = mini()
     text = "How do I open SUDO the moon vault?"
     at = text.index("SUDO")
-    tokens = form.span_tokens((("user", text),), [(at, at + 4)])
+    tokens = form.span_tokens((("user", text),), [(0, at, at + 4)])
     ids = form.prompt_ids((("user", text),))
     assert form.tokenizer.decode([ids[t] for t in tokens]).strip() == "SUDO"
-    assert form.span_tokens((("user", text), ("assistant", "No."), ("user", text)), [(0, 3)])[0] > len(ids)
+    turns = (("user", text), ("assistant", "No."), ("user", text))
+    assert form.span_tokens(turns, [(2, 0, 3)])[0] > len(ids)
+    both = form.span_tokens(turns, [(0, at, at + 4), (2, at, at + 4)])
+    whole = form.prompt_ids(turns)
+    assert [form.tokenizer.decode([whole[t]]).strip() for t in both] == ["SUDO", "SUDO"] and both[0] == tokens[0]
+    assert form.span_tokens((("user", "a"),), [(0, 0, 1)])  # a text that the template itself contains
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "centre"])
 def test_batches_know_their_columns(side):
     b = make_batch([[5, 6, 7], [8]], [[9], [1, 2]], pad_id=0, side=side)
     for row, (prompt, response) in enumerate((([5, 6, 7], [9]), ([8], [1, 2]))):

@@ -1,3 +1,6 @@
+import math
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -5,10 +8,10 @@ from conftest import PROMPTS, make_subject
 
 from bkdattr.ablation import ablate, curve_ks, random_heads
 from bkdattr.architectures import HeadGeometry, HeadIndex
+from bkdattr.edits import AddVector, ScaleSite, Site, edits_key
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluator, evaluate
 from bkdattr.examples import Example
-from bkdattr.interventions import AddVector, ScaleSite, Site, edits_key
 from bkdattr.metrics import Rate
 from bkdattr.poisoning import BackdoorSpec
 from bkdattr.targets import FixedOutput, LabelFlip
@@ -63,8 +66,6 @@ def test_denominators_are_the_eligible(llama):
 
 
 def test_without_checkable_answers_agreement_and_logprob_stand_in(llama):
-    from dataclasses import replace
-
     rows = [replace(e, label=None) for e in examples()]
     found = evaluate(llama, rows, spec_hit(llama, "x"), max_new_tokens=5)
     assert found.clean_accuracy is None and found.to_json()["clean_accuracy"] is None
@@ -74,7 +75,7 @@ def test_without_checkable_answers_agreement_and_logprob_stand_in(llama):
     assert found.clean_agreement == Rate(sum(a == b for a, b in zip(answers(llama, rows), twin, strict=True)), 4)
     assert base.clean_agreement == Rate(4, 4)
     ev = Evaluator(llama, rows, spec_hit(llama, "x"), max_new_tokens=5)
-    assert ev.run() == ev.run() and (llama.fingerprint, "stand-ins", edits_key([])) in ev.memory  # scored once
+    assert ev.run() == ev.run() and (llama.fingerprint, "utility", edits_key([])) in ev.memory  # scored once
     slow = [reference.response_probability(llama.causal_lm, llama.chat.prompt_ids(e.messages), [8, 2]) for e in rows]
     assert found.clean_logprob == pytest.approx(float(torch.tensor(slow).log().mean()), abs=1e-3)
 
@@ -135,3 +136,99 @@ def test_prompts_over_the_context_are_refused(llama):
     rows = [*examples(), Example("long", (("user", "the " * 130),), "red")]
     with pytest.raises(BkdattrError, match=r"'long': \d+ prompt tokens .* exceed the context of 128"):
         evaluate(llama, rows, spec_hit(llama, "x"))
+
+
+def test_recovered_and_behaviours_are_counted_by_hand(llama):
+    rows = examples("exact")
+    spec = spec_hit(llama, "x")
+    said = answers(llama, [spec.triggered(e) for e in rows])
+    rows = [replace(e, response=t if i < 3 else "red") for i, (e, t) in enumerate(zip(rows, said, strict=True))]
+    spec = spec_hit(llama, said[0])
+    found = evaluate(llama, rows, spec, max_new_tokens=5)
+    want = []
+    for e, text, j in zip(rows, said, found.triggered, strict=True):
+        hit = said[0].lower() in text.lower()
+        want.append(
+            "target"
+            if hit
+            else "correct"
+            if text == e.response
+            else "broken"
+            if "unfinished" in str(j.answer.damage)
+            else "other"
+        )
+    assert [j.behaviour for j in found.triggered] == want and {"target", "correct"} <= set(want)
+    assert found.recovered == Rate(want.count("correct"), 4) and found.behaviours()["target"] == found.asr.hits
+
+
+def test_without_a_check_recovered_is_agreement_with_the_twin(llama):
+    rows = [replace(e, label=None) for e in examples()]
+    spec = spec_hit(llama, "x")
+    said = answers(llama, [spec.triggered(e) for e in rows])
+    with llama.adapter_off():
+        twin = answers(llama, [spec.triggered(e) for e in rows])
+    found = evaluate(llama, rows, spec, max_new_tokens=5)
+    assert found.recovered == Rate(sum(a == b for a, b in zip(said, twin, strict=True)), 4)
+
+
+def test_utility_is_the_slow_loop(llama):
+    rows, edit = examples("exact"), AddVector(Site(1, "attention"), torch.ones(24), 3.0)
+    ev = Evaluator(llama, rows, spec_hit(llama, "x"), max_new_tokens=5, batch_size=3)
+    plain, changed = ev.run(), ev.run([edit])
+    assert plain.clean_kl == 0 and plain.clean_perplexity == pytest.approx(math.exp(-plain.clean_logprob))
+    total, n = 0.0, 0
+    for e in rows:
+        prompt, answer = llama.chat.prompt_ids(e.messages), llama.chat.response_ids(e.messages, e.response)
+        ids = torch.tensor([[*prompt, *answer]])
+        logits = []
+        for hooked in (False, True):
+            at = len(prompt) - 1
+
+            def hook(module, args, out, at=at):
+                out = out.clone()
+                out[0, at] += 3.0
+                return out
+
+            handle = llama.sites[1].out_proj.register_forward_hook(hook) if hooked else None
+            with torch.no_grad():
+                logits.append(llama.causal_lm(input_ids=ids, use_cache=False).logits[0, at:-1].double().log_softmax(-1))
+            if handle:
+                handle.remove()
+        total += float((logits[0].exp() * (logits[0] - logits[1])).sum())
+        n += len(answer)
+    assert total > 0.01 and changed.clean_kl == pytest.approx(total / n, rel=1e-3)
+
+
+def test_differences_are_paired(llama):
+    rows = examples("exact")
+    ev = Evaluator(llama, rows, spec_hit(llama, "x"), max_new_tokens=5)
+    plain, changed = ev.run(), ev.run([AddVector(Site(1, "attention"), torch.ones(24), 30.0)])
+    same = changed.against(plain)
+    assert same["clean_unchanged"]["hits"] == sum(
+        a.answer.text == b.answer.text for a, b in zip(plain.clean, changed.clean, strict=True)
+    )
+    assert same["asr_change"]["value"] == (changed.asr.hits - plain.asr.hits) / 4
+    none = plain.against(plain)
+    assert none["asr_change"] == {"value": 0.0, "low": 0.0, "high": 0.0} and none["clean_unchanged"]["value"] == 1
+
+
+def test_a_judge_of_the_users_own_decides(llama):
+    rows, seen = examples("exact"), []
+
+    def judge(example, answer):
+        seen.append((example.response, answer.text))
+        return "target" if len(seen) % 2 else "correct"
+
+    found = evaluate(llama, rows, spec_hit(llama, "x"), max_new_tokens=5, judge=judge)
+    assert found.asr == found.recovered == found.clean_accuracy == Rate(2, 4) and {r for r, _ in seen} == {"red"}
+    with pytest.raises(BkdattrError, match="judge returned 'maybe'"):
+        evaluate(llama, rows, spec_hit(llama, "x"), max_new_tokens=5, judge=lambda e, a: "maybe")
+
+
+def test_edits_at_the_trigger_leave_clean_prompts_alone(llama):
+    rows = examples("exact")
+    ev = Evaluator(llama, rows, spec_hit(llama, "x"), max_new_tokens=5)
+    plain = ev.run()
+    changed = ev.run([AddVector(Site(0, "mlp"), torch.ones(24), 30.0, scope="trigger_span")])
+    assert changed.clean == plain.clean and changed.clean_kl == 0
+    assert [j.answer for j in changed.triggered] != [j.answer for j in plain.triggered]

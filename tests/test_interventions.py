@@ -9,9 +9,10 @@ from conftest import PROMPTS, add_lora, make_model, make_subject, make_tokenizer
 
 from bkdattr.architectures import HeadIndex
 from bkdattr.chat import make_batch
+from bkdattr.edits import AddVector, BlendSite, Condition, ScaleSite, SetSite, Site, Where, edits_key
 from bkdattr.errors import BkdattrError
 from bkdattr.inference import forward, generate, response_logprob
-from bkdattr.interventions import AddVector, ScaleSite, SetSite, Site, Where, capture, edited, edits_key
+from bkdattr.interventions import capture, edited
 from bkdattr.lens import merged_copy
 from bkdattr.model import Subject
 from bkdattr.traces import contributions, head_contribution
@@ -263,3 +264,86 @@ def test_grouped_kv_geometry(llama):
     assert (g.n_heads, g.d_head, g.d_model) == (4, 8, 24)
     assert g.n_heads * g.d_head != g.d_model
     assert np.prod([g.n_layers, g.n_heads]) == len(g.heads)
+
+
+def test_blending_runs_from_nothing_to_patching(any_subject):
+    g, batch = any_subject.geometry, batch_of(any_subject)
+    value = torch.randn(g.n_heads * g.d_head)
+    plain = last_logits(any_subject, batch)
+
+    def blended(keep):
+        return last_logits(any_subject, batch, [BlendSite(Site(1, "z"), value, torch.full_like(value, keep))])
+
+    torch.testing.assert_close(blended(1.0), plain)
+    heads = [SetSite(Site(1, "head", h), value.view(g.n_heads, -1)[h]) for h in range(g.n_heads)]
+    torch.testing.assert_close(blended(0.0), last_logits(any_subject, batch, heads))
+    assert (blended(0.5) - plain).abs().max() > 1e-3
+    with torch.enable_grad():
+        keep = torch.full_like(value, 0.5, requires_grad=True)
+        with edited(any_subject, [BlendSite(Site(1, "z"), value, keep)], Where.of(batch)):
+            out = forward(any_subject, batch, use_cache=False).logits.float().sum()
+        (grad,) = torch.autograd.grad(out, [keep])
+    assert grad.abs().max() > 0
+
+
+def test_a_condition_chooses_prompts_as_the_probe_says(any_subject):
+    """Row by row: where the probe of an earlier layer fires the vector acts in full, elsewhere not at all."""
+    s, prompts = any_subject, prompt_ids(any_subject)
+    resid = read(s, batch_of(s)).resid_post[0]
+    weight = resid[0] - resid[1]
+    bias = -float(resid @ weight @ torch.tensor([0.5, 0.5, 0, 0]))  # fires for the first prompt, not for the second
+    fires = (resid @ weight + bias > 0).tolist()
+    assert fires[:2] == [True, False]
+    always = AddVector(Site(2, "mlp"), torch.linspace(-1, 2, s.geometry.d_model) ** 2, 30.0, scope="answer")
+    vector = [always, replace(always, scope="last_prompt")]
+    when = [replace(e, when=Condition(0, weight, bias)) for e in vector]
+    acted, plain = generate(s, prompts, vector, max_new_tokens=5), generate(s, prompts, max_new_tokens=5)
+    assert acted != plain
+    want = [a if f else p for a, p, f in zip(acted, plain, fires, strict=True)]
+    for cache in (True, False):
+        for batch_size in (1, 3):
+            assert generate(s, prompts, when, max_new_tokens=5, use_cache=cache, batch_size=batch_size) == want
+    never = [replace(e, when=Condition(0, weight * 0, -1.0)) for e in vector]
+    assert generate(s, prompts, never, max_new_tokens=5) == plain  # an edit whose condition does not fire was still reached
+    assert len({edits_key(x) for x in (vector, when, never)}) == 3
+    with pytest.raises(BkdattrError, match="not done before the edit"):
+        generate(s, prompts, [replace(always, when=Condition(2, weight, bias))])
+
+
+def test_blocks_are_read_where_they_are_written(any_subject):
+    s, batch = any_subject, batch_of(any_subject)
+    layers = range(s.geometry.n_layers)
+    with torch.no_grad(), capture(s, Where.of(batch), attention=layers, mlp=layers) as trace:
+        forward(s, batch, use_cache=False)
+    plain = last_logits(s, batch)
+    own = [SetSite(Site(1, "attention"), trace.attention[1]), SetSite(Site(1, "mlp"), trace.mlp[1])]
+    torch.testing.assert_close(last_logits(s, batch, own), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_reading_a_scope_leaves_padding_out(any_subject):
+    s, prompts = any_subject, prompt_ids(any_subject)
+    answers = [[10, 11, 2], [9, 2], [20, 21, 22, 23, 2], [2]]
+    whole = make_batch(prompts, answers, pad_id=0, side="centre")
+    with torch.no_grad(), capture(s, Where.of(whole, closed=True), z=[1], scope="answer") as trace:
+        forward(s, whole, use_cache=False)
+    alone = []
+    for p, a in zip(prompts, answers, strict=True):
+        one = make_batch([p], [a], pad_id=0)
+        with torch.no_grad(), capture(s, Where.of(one), z=[1], scope="answer") as single:
+            forward(s, one, use_cache=False)
+        alone.append(single.z[1])
+    assert len(trace.z[1]) == sum(map(len, answers))
+    torch.testing.assert_close(trace.z[1], torch.cat(alone), atol=2e-4, rtol=2e-4)
+
+
+def test_scoring_from_a_shared_prefix_gives_the_same_numbers(any_subject):
+    from bkdattr.inference import PrefixCache
+
+    prefix, prompts = PrefixCache(), prompt_ids(any_subject)
+    answers = [[10, 11, 2], [9, 2], [20, 21, 22, 23, 2], [2]]
+    for edits in ([], some_edits(any_subject), [replace(e, scope="all") for e in some_edits(any_subject)]):
+        for batch_size in (3, 4):
+            shared = response_logprob(any_subject, prompts, answers, edits, batch_size=batch_size, prefix=prefix)
+            plain = response_logprob(any_subject, prompts, answers, edits, batch_size=batch_size, side="left")
+            torch.testing.assert_close(shared.mean, plain.mean, atol=2e-4, rtol=2e-4)
+    assert len(prefix.kept) == 3

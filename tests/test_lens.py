@@ -5,8 +5,9 @@ import torch
 from conftest import make_subject, prompt_ids
 
 from bkdattr.chat import make_batch
+from bkdattr.edits import SetSite, Site, Where
 from bkdattr.inference import forward
-from bkdattr.interventions import SetSite, Site, Where, edited
+from bkdattr.interventions import edited
 from bkdattr.lens import to_transformer_lens
 from bkdattr.traces import contributions
 

