@@ -147,6 +147,13 @@ def poison(
         say(f"{run}: " + ", ".join(f"{k} {v['clean']} rows ({v['eligible']} eligible)" for k, v in rows.items()))
 
 
+def _numbers(option: str, text: str, example: str, *, whole: bool = False) -> list[Any]:
+    try:
+        return [int(x) if whole else float(x) for x in text.split(",")]
+    except ValueError:
+        raise BkdattrError(f"{option} {text!r}: expected {'whole ' if whole else ''}numbers, e.g. {example}") from None
+
+
 def _study(run: Path) -> Any:
     quiet_libraries()
     from bkdattr.run import Run
@@ -195,12 +202,32 @@ def ablate(
 ) -> None:
     """Remove the top heads (zero, mean, resample) and random ones, and measure what is left."""
     with errors():
-        try:
-            points = [int(k) for k in ks.split(",")]
-        except ValueError:
-            raise BkdattrError(f"--ks {ks!r}: expected whole numbers, e.g. 0,1,2,4") from None
+        points = [int(k) for k in _numbers("--ks", ks, "0,1,2,4", whole=True)]
         study = _study(run)
         study.ablate(ks=points, draws=draws, force=force)
+        _show(study)
+
+
+@app.command()
+def select(
+    run: RunArg,
+    scopes: Annotated[
+        str,
+        typer.Option(help="Where heads are ablated, tried in turn: last_prompt, last_prompt+answer, all ...; comma-separated."),
+    ] = "last_prompt",
+    sparsities: Annotated[str, typer.Option(help="Weights of the gates' sparsity, comma-separated.")] = "0.05,0.15,0.4",
+    steps: Annotated[int, typer.Option(help="Training steps per set of gates.")] = 150,
+    ks: Annotated[str | None, typer.Option(help="Points of the curves; default every k up to 10 % of the heads, 16, 24.")] = None,
+    draws: Annotated[int, typer.Option(help="Draws of random heads.")] = 3,
+    force: Force = False,
+) -> None:
+    """Choose heads jointly (learned gates, greedy) and compare them with ACIE's top-k and random heads at equal k."""
+    with errors():
+        points = None if ks is None else [int(k) for k in _numbers("--ks", ks, "1,2,4", whole=True)]
+        weights = _numbers("--sparsities", sparsities, "0.05,0.15")
+        study = _study(run)
+        parts = [s.strip() for s in scopes.split(",")]
+        study.select(ks=points, scopes=parts, sparsities=weights, steps=steps, draws=draws, force=force)
         _show(study)
 
 
@@ -210,16 +237,20 @@ def steer(
     k: Annotated[int | None, typer.Option(help="Heads in the vector; default 3 % of all.")] = None,
     strengths: Annotated[str, typer.Option(help="Strengths of the sweep, comma-separated.")] = "1,2,4",
     draws: Annotated[int, typer.Option(help="Draws of each control.")] = 5,
+    kinds: Annotated[
+        str, typer.Option(help="Vectors, comma-separated: raw (the paper's), difference, difference_heads, fitted.")
+    ] = "raw",
+    scopes: Annotated[
+        str, typer.Option(help="Where they act: last_prompt, last_prompt+answer, all; comma-separated.")
+    ] = "last_prompt",
     force: Force = False,
 ) -> None:
     """Build the Backdoor Vector, choose its layer on the selection split, and measure both signs on the test split."""
     with errors():
-        try:
-            numbers = [float(s) for s in strengths.split(",")]
-        except ValueError:
-            raise BkdattrError(f"--strengths {strengths!r}: expected numbers, e.g. 1,2,4") from None
+        numbers = _numbers("--strengths", strengths, "1,2,4")
         study = _study(run)
-        study.steer(k=k, strengths=numbers, draws=draws, force=force)
+        names, parts = ([x.strip() for x in text.split(",")] for text in (kinds, scopes))
+        study.steer(k=k, strengths=numbers, draws=draws, kinds=names, scopes=parts, force=force)
         _show(study)
 
 
@@ -232,7 +263,8 @@ def report(run: RunArg) -> None:
 
 
 def _report(study: Any) -> None:
-    from bkdattr.report import print_summary, write_report
+    from bkdattr.report import write_report
+    from bkdattr.tables import print_summary
 
     results = write_report(study.run, study.inputs)
     print_summary(results, sys.stdout)
@@ -241,7 +273,8 @@ def _report(study: Any) -> None:
 
 def _show(study: Any) -> None:
     """The tables of the stages that are finished and up to date."""
-    from bkdattr.report import collect, print_summary
+    from bkdattr.report import collect
+    from bkdattr.tables import print_summary
 
     print_summary(collect(study.run, study.inputs, skip_stale=True), sys.stdout)
 

@@ -178,12 +178,12 @@ class Evaluator:
             ]
         self._prefix: dict[str, PrefixCache] = {}
 
-    def run(self, edits: Sequence[Edit] | ExampleEdits = (), parts: Sequence[str] = PARTS) -> Evaluation:
-        """Judge the subject as it is now (adapter on or off) under `edits`."""
+    def run(self, edits: Sequence[Edit] | ExampleEdits = (), parts: Sequence[str] = PARTS, *, utility: bool = True) -> Evaluation:
+        """Judge the subject as it is now (adapter on or off) under `edits`; `utility` False leaves clean log p and KL out."""
         judged = {part: self._part(part, edits) if part in parts else () for part in PARTS}
         agreement = {part: self._agreement(part, judged[part]) for part in PARTS}
         logprob = kl = None
-        if judged["clean"]:
+        if judged["clean"] and utility:
             key = None if callable(edits) else (self.subject.fingerprint, "utility", edits_key(edits))
             found = self.memory.get(key) or self._utility(edits)
             if key is not None:

@@ -152,6 +152,33 @@ def ablation_curves(ablation: list[Json]) -> go.Figure:
     return _finish(figure, "Head ablation at the last prompt token", 460)
 
 
+def selection_curves(selection: Json) -> go.Figure:
+    """ASR, recovered answers, clean accuracy and damage against k for every way to choose heads, mean-ablated alike."""
+    keys = ("asr", "recovered", "clean_accuracy", "broken_triggered")
+    titles = ("ASR", "recovered", "clean accuracy", "broken (triggered)")
+    figure = make_subplots(cols=4, rows=1, subplot_titles=titles, shared_yaxes=True)
+    lines = {
+        "gate": ("learned gate", COLORS["clean_accuracy"], "solid"), "greedy": ("greedy", COLORS["broken"], "dash"),
+        "acie": ("ACIE top-k", COLORS["asr"], "dot"), "random": ("random heads (draws)", COLORS["grey"], "solid"),
+    }  # fmt: skip
+    for column, key in enumerate(keys, 1):
+        for method, draw in dict.fromkeys((r["method"], r["draw"]) for r in selection["rows"]):
+            name, color, dash = lines[method]
+            rows = [r for r in selection["rows"] if r["method"] == method and r["draw"] == draw and r[key]]
+            figure.add_scatter(
+                x=[r["k"] for r in rows], y=[r[key]["value"] for r in rows], name=name, legendgroup=method,
+                showlegend=column == 1 and not draw, mode="lines+markers", line={"color": color, "dash": dash},
+                opacity=0.5 if method == "random" else 1.0, row=1, col=column,
+                error_y=_errors([r[key] for r in rows]) if method == "gate" else None,
+            )  # fmt: skip
+        figure.update_xaxes(title="heads ablated (k)", row=1, col=column)
+    figure.update_yaxes(range=[-0.02, 1.05])
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    return _finish(
+        figure, f"Heads chosen jointly, set to their clean means (scope {selection['chosen']['scope']}), test split", 460
+    )
+
+
 def vector_sweep(vector: Json) -> go.Figure:
     """ASR per layer and strength on the selection split; +v on clean prompts left, -v on triggered prompts right."""
     titles = ("+v on clean prompts (activation)", "−v on triggered prompts (suppression)")

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from bkdattr.edits import Condition
 from bkdattr.errors import BkdattrError
 
 KINDS = ("logistic", "mlp", "svm")
@@ -92,6 +94,14 @@ class BackdoorProbe:
             else:
                 raise BkdattrError(f"probe kind {kind!r}: expected one of {', '.join(KINDS)}")
         return cls(kind, layer, scaler, model)
+
+    def condition(self) -> Condition:
+        """A logistic probe as the `when` of an edit: the scaler folded into its weights."""
+        if self.kind != "logistic":
+            raise BkdattrError(f"a condition is linear: got a {self.kind} probe, expected a logistic one")
+        weight = self.model.coef_[0] / self.scaler.scale_
+        bias = float(self.model.intercept_[0] - weight @ self.scaler.mean_)
+        return Condition(self.layer, torch.from_numpy(weight).float(), bias)
 
     def score(self, data: tuple[np.ndarray, np.ndarray]) -> float:
         """Accuracy on (states, labels)."""

@@ -6,13 +6,15 @@ import html
 import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bkdattr.examples import write_atomic
-from bkdattr.metrics import Rate
-from bkdattr.run import RESULTS, SCHEMA, Run, read_json, to_json_text
+from bkdattr.run import RESULTS, Run, read_json, to_json_text
+from bkdattr.tables import METHODS, Table, show, spread, tables
 
 Json = dict[str, Any]
+SCHEMA = 1
+"""Of `results.json`."""
 PACKAGES = ("bkdattr", "torch", "transformers", "peft", "datasets", "scikit-learn", "plotly", "numpy")
 _META = ("inputs", "options", "seconds")
 PROBE_CAVEAT = (
@@ -55,6 +57,8 @@ def collect(run: Run, inputs: dict[str, str], *, skip_stale: bool = False) -> Js
         results["attribution"] = stages["attribute"]["attributions"]
     if "ablate" in stages:
         results["ablation"] = stages["ablate"]["rows"]
+    if "select" in stages:
+        results["selection"] = body("select")
     if "steer" in stages:
         results["vector"] = body("steer")
     return results
@@ -68,150 +72,6 @@ def versions() -> Json:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-# ------------------------------------------------------------------------------------------------ tables
-def show(rate: Json | None, interval: bool = True) -> str:
-    """`0.98 (126/128) [0.94, 1.00]`; a dash where it could not be measured."""
-    if rate is None:
-        return "–"
-    text = f"{rate['value']:.2f} ({rate['hits']}/{rate['total']})"
-    return f"{text} [{rate['low']:.2f}, {rate['high']:.2f}]" if interval else text
-
-
-def pooled(rates: list[Json | None]) -> Json | None:
-    """Several draws as one rate, hits and totals added up."""
-    known = [r for r in rates if r]
-    return Rate(sum(r["hits"] for r in known), sum(r["total"] for r in known)).to_json() if known else None
-
-
-def spread(rates: list[Json | None]) -> str:
-    """Draws share their prompts, so their mean comes with its range, not with an interval: `0.20 (125/640) 0.00..0.38`."""
-    mean = pooled(rates)
-    values = [r["value"] for r in rates if r]
-    return f"{show(mean, False)} {min(values):.2f}..{max(values):.2f}" if mean else "–"
-
-
-def mean_of(rows: list[Json], key: str) -> str:
-    return f"{sum(r[key] for r in rows) / len(rows):.3f}"
-
-
-Table = tuple[str, list[str], list[list[str]]]
-
-
-def baseline_table(b: Json) -> Table:
-    names = [("asr", "ASR"), ("asr_fake_trigger", "ASR under the fake trigger (never trained)"), ("asr_keyword", "ASR, the paper's keyword judge"), ("false_trigger", "false triggers"),
-             ("recovered", "triggered prompts answered as their clean twins"), ("clean_accuracy", "clean accuracy"), ("clean_agreement", "clean answers as the base gives them"),
-             ("broken", "broken answers")]  # fmt: skip
-    rows = [[label, show(b.get(k)), show(b["base"].get(k))] for k, label in names if b.get(k) or b["base"].get(k)]
-    for name, near in b["near_misses"].items():
-        rows.append([f"ASR, near miss: {name} ({' … '.join(near['texts'])})", show(near["asr"]), "–"])
-    rows.append(["clean perplexity", *(f"{x['clean_perplexity']:.3f}" for x in (b, b["base"]))])
-    rows.append(
-        [
-            "triggered answers: " + ", ".join(b["behaviours"]),
-            *(", ".join(map(str, x["behaviours"].values())) for x in (b, b["base"])),
-        ]
-    )
-    return "Baseline (test split)", ["", "poisoned", "base"], rows
-
-
-def probe_table(p: Json) -> Table:
-    rows = []
-    for kind in p["cross_layer"]:
-        best = max((r for r in p["layers"] if r["kind"] == kind), key=lambda r: (r["validation"], -r["layer"]))
-        keys = ("accuracy", "shuffled", "clean_twin", "fake_trigger", "clean_twin_transfer", "fake_trigger_transfer")
-        rows.append([f"{kind}, layer {best['layer']}", *("–" if best[k] is None else f"{best[k]:.2f}" for k in keys)])
-    columns = ["best layer", "accuracy", "shuffled", "clean twin", "fake trigger", "→ clean twin", "→ fake trigger"]
-    n = 2 * p["n_prompts"]["test"]
-    return f"Backdoor Probe (accuracy on {n} states; → is transfer without refit)", columns, rows
-
-
-def sites_table(a: Json) -> Table:
-    cells = [(x, l, h) for l, row in enumerate(a["scores"]) for h, x in enumerate(row)]
-    top = sorted(cells, key=lambda c: -c[0])[:8]
-    names = [f"L{l}H{h}" if a["site"] == "head" else f"L{l}" for _, l, h in top]
-    zero = ["" if a["low"][l][h] > 0 else "interval holds 0" for _, l, h in top]
-    rows = [
-        [name, f"{x:.4f}", f"[{a['low'][l][h]:.4f}, {a['high'][l][h]:.4f}]", z]
-        for name, z, (x, l, h) in zip(names, zero, top, strict=True)
-    ]
-    what = {"head": "heads", "attention": "attention blocks", "mlp": "MLP blocks"}[a["site"]]
-    said = "clean prompt, triggered mean in" if a["effect"] == "sufficiency" else "triggered prompt, clean mean in"
-    title = f"Top {what} by ACIE, {a['effect']} ({said}; {a['n_donor']} donors, {a['n_recipient']} recipients)"
-    return title, [a["site"], "ACIE", "95 %", ""], rows
-
-
-def ablation_table(rows: list[Json]) -> Table:
-    out = []
-    for k in sorted({r["k"] for r in rows}):
-        for mode in ("zero", "mean", "resample"):
-            found = [r for r in rows if r["k"] == k and r["mode"] == mode and r["heads"] == "attributed"]
-            out += [[str(k), f"top-k, {mode}", *(show(r[x], False) for x in _RATES), f"{r['clean_kl']:.3f}"] for r in found]
-        drawn = [r for r in rows if r["k"] == k and r["heads"] == "random"]
-        if drawn:
-            out.append(
-                [
-                    str(k),
-                    f"random heads, zero ({len(drawn)} draws)",
-                    *(spread([r[x] for r in drawn]) for x in _RATES),
-                    mean_of(drawn, "clean_kl"),
-                ]
-            )
-    return "Head ablation (test split)", ["k", "heads", *_RATE_NAMES, "clean KL"], out
-
-
-_RATES = ("asr", "recovered", "broken_triggered", "clean_accuracy", "false_trigger")
-_RATE_NAMES = ["ASR", "recovered", "broken", "clean accuracy", "false triggers"]
-
-
-def vector_table(v: Json) -> Table:
-    rows = []
-    for side, what in (("activate", "+v, clean prompts"), ("suppress", "−v, triggered prompts")):
-        point = v[side]
-        where = f"layer {point['layer']}, strength {point['strength']:g}"
-        rows.append([what, "Backdoor Vector", where, *(show(point[x], x == "asr") for x in ("asr", "clean_accuracy", "broken"))])
-        for name, drawn in v["controls"].items():
-            rates = [spread([d[side][x] for d in drawn]) for x in ("asr", "clean_accuracy", "broken")]
-            rows.append([what, f"{name.replace('_', ' ')} ({len(drawn)} draws, norm {_norms(drawn)})", where, *rates])
-    title = f"Backdoor Vector of {v['k']} heads ({', '.join(v['heads'])}), norm {v['norm']:.2f} (test split; controls at its layer and strength)"
-    return title, ["", "direction", "chosen on selection", "ASR", "clean accuracy, same edit", "broken"], rows
-
-
-def _norms(drawn: list[Json]) -> str:
-    norms = [d["norm"] for d in drawn]
-    return f"{min(norms):.1f}" if max(norms) - min(norms) < 0.05 else f"{min(norms):.1f}..{max(norms):.1f}"
-
-
-def tables(results: Json) -> list[Table]:
-    found: list[Table] = []
-    if "baseline" in results:
-        found.append(baseline_table(results["baseline"]))
-    if "probe" in results:
-        found.append(probe_table(results["probe"]))
-    found += [sites_table(a) for a in results.get("attribution", [])]
-    if "ablation" in results:
-        found.append(ablation_table(results["ablation"]))
-    if "vector" in results:
-        found.append(vector_table(results["vector"]))
-    return found
-
-
-def print_summary(results: Json, file: TextIO) -> None:
-    """The tables as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(file=file, width=None if file.isatty() else 150)
-    for title, columns, rows in tables(results):
-        table = RichTable(title=Text(title), box=box.SIMPLE, title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -242,6 +102,8 @@ def findings(results: Json) -> list[str]:
         )
     if "ablation" in results and "provenance" in results:
         out += _ablation_finding(results)
+    if "selection" in results:
+        out += _selection_finding(results["selection"])
     if "vector" in results:
         v = results["vector"]
         for side, word, better in (("activate", "activates", max), ("suppress", "leaves", min)):
@@ -255,6 +117,29 @@ def findings(results: Json) -> list[str]:
                 f" Accuracy on all clean prompts under the edit: {show(v[side]['clean_accuracy'], False)}"
                 f"{', the eligible ones among them being meant to change' if side == 'activate' else ''}.{_edge(v, side)}"
             )
+        if len(v["variants"]) > 1:
+            out += _variants_finding(v)
+    return out
+
+
+def _variants_finding(v: Json) -> list[str]:
+    """Which kinds of vector do both jobs, and which only break the model."""
+    good = []
+    for x in v["variants"]:
+        up, down = x["activate"]["asr"], x["suppress"]
+        if up["value"] >= 0.95 and down["asr"]["value"] <= 0.05 and down["recovered"]["value"] >= 0.9:
+            good.append(f"{x['kind'].replace('_', ' ')} ({x['scope']})")
+    said = f"does both: {', '.join(good)}" if good else "no kind does both"
+    out = [
+        "Of the vectors tried, activation of at least 0.95 and suppression to at most 0.05 with at least 0.90 of the answers recovered "
+        f"(point estimates, test split): {said}."
+    ]
+    held = [x["conditional"] for x in v["variants"] if x["conditional"] and x["conditional"]["clean_unchanged"]["value"] >= 0.99]
+    if any(x["conditional"] for x in v["variants"]):
+        out.append(
+            f"Applied only where a probe of an earlier layer fires, {len(held)} of {sum(bool(x['conditional']) for x in v['variants'])} "
+            "suppressions leave at least 0.99 of the clean answers as they were."
+        )
     return out
 
 
@@ -288,6 +173,36 @@ def _ablation_finding(results: Json) -> list[str]:
         f"accuracy {show(near['clean_accuracy'])} and broken answers {show(near['broken'])}; {near['k']} random heads leave {spread(drawn)}. This "
         f"run {verdict} the paper's headline (about 3 % of the heads, ASR down by more than 90 %)."
     ]
+
+
+def _selection_finding(s: Json) -> list[str]:
+    chosen, bar = s["chosen"], s["bar"]
+    at = next(r for r in s["rows"] if r["method"] == "gate" and r["k"] == chosen["k"])
+    others = {m: [r for r in s["rows"] if r["method"] == m and r["k"] == chosen["k"]] for m in ("greedy", "acie", "random")}
+    beside = [f"{METHODS[m]} {spread([r['asr'] for r in rows])}" for m, rows in others.items() if rows]
+    out = [
+        f"Learned gates: {chosen['k']} heads ({', '.join(at['heads'])}; scope {chosen['scope']}, chosen on the selection split) set to their "
+        f"clean means leave an ASR of {show(at['asr'])}, recover {show(at['recovered'])} of the answers, break {show(at['broken_triggered'])}, "
+        f"at clean accuracy {show(at['clean_accuracy'])}. ASR at equal k: {'; '.join(beside)}."
+    ]
+    need = "; ".join(
+        f"{METHODS[m]} {' / '.join(_k(n['asr'], n['tried']) for n in s['needed'] if n['method'] == m)} (repair: "
+        f"{' / '.join(_k(n['repair'], n['tried']) for n in s['needed'] if n['method'] == m)})"
+        for m in METHODS
+    )
+    out.append(
+        f"Fewest heads with ASR at most {bar['asr']:g}, read off the test curves: {need}; a repair also recovers at least {bar['recovered']:g}, "
+        f"breaks at most {bar['broken']:g} and costs at most {bar['clean']:g} of clean accuracy."
+    )
+    if not at["repaired"]:
+        out.append(
+            "The gates' own choice is NOT a repair by these bounds on the test split: few heads in this scope do not carry this backdoor alone."
+        )
+    return out
+
+
+def _k(k: int | None, tried: int) -> str:
+    return f"more than {tried}" if k is None else str(k)
 
 
 # ------------------------------------------------------------------------------------------------ HTML
@@ -337,6 +252,8 @@ def html_report(results: Json) -> str:
         plots.append(figures.block_effects(blocks))
     if "ablation" in results:
         plots.append(figures.ablation_curves(results["ablation"]))
+    if "selection" in results:
+        plots.append(figures.selection_curves(results["selection"]))
     if "vector" in results:
         plots += [figures.vector_sweep(results["vector"]), figures.vector_controls(results["vector"])]
     p = results["provenance"]

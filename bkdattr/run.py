@@ -3,7 +3,7 @@
 RUN/run.json                              configuration, with the list of named `backdoors`
 RUN/data/{split}.{clean,triggered}.jsonl  the four splits, disjoint by prompt
 RUN/adapter/                              a plain PEFT folder
-RUN/{baseline,probe,attribution,ablation,vector}.json   one result per stage, each with the inputs it was made from
+RUN/{baseline,probe,attribution,ablation,selection,vector}.json   one result per stage, each with the inputs it was made from
 RUN/vector/                               the Backdoor Vector (safetensors + JSON)
 RUN/results.json, RUN/report.html         everything together
 RUN/partial/                              what an interrupted stage has finished so far
@@ -23,12 +23,14 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import SPLITS, Example, check_disjoint, read_examples, write_atomic, write_examples
 from bkdattr.poisoning import BackdoorSpec
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of the run directory."""
 RESULTS = {
     "evaluate": "baseline.json",
     "probe": "probe.json",
     "attribute": "attribution.json",
     "ablate": "ablation.json",
+    "select": "selection.json",
     "steer": "vector.json",
 }
 """The result file of each stage."""

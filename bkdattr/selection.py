@@ -189,7 +189,7 @@ class Repair:
 
     @torch.no_grad()
     def _scores(self, parts: Sequence[Prompts], edits: Sequence[Edit]) -> Tensor:
-        return torch.cat([p.score(self.subject, edits, self._prefix).mean for p in parts])
+        return torch.cat([p.score(self.subject, edits, self._prefix).total for p in parts])
 
     @torch.no_grad()
     def harm(self, heads: Sequence[HeadIndex]) -> float:
@@ -202,14 +202,15 @@ class Repair:
         return total / n
 
     def margin(self, heads: Sequence[HeadIndex]) -> float:
-        """Mean of log p(clean response) - log p(backdoor response) on triggered prompts, less the weighted harm. In
+        """Mean of log p(clean response) - log p(backdoor response) on triggered prompts (whole answers), less the weighted harm. In
         log-probabilities, because a redundant backdoor keeps P at 1 until its last carrier falls."""
         edits = ablate_to(heads, self.means)
         good, bad = self._scores(self.objective.triggered, edits), self._scores(self.objective.backdoor, edits)
         return float(good.mean() - bad.mean()) - self.clean_weight * self.harm(heads)
 
     def recovery(self, heads: Sequence[HeadIndex]) -> float:
-        """Mean P(clean response) on triggered prompts, less the weighted harm."""
+        """Mean probability of the whole clean response on triggered prompts, less the weighted harm. (The mean per token hides a
+        wrong first word behind a long rest that follows from it.)"""
         good = self._scores(self.objective.triggered, ablate_to(heads, self.means)).exp()
         return float(good.mean()) - self.clean_weight * self.harm(heads)
 

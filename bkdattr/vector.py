@@ -1,4 +1,9 @@
-"""The Backdoor Vector: the summed contributions of the top heads, added to or taken from one layer at one position."""
+"""The Backdoor Vector: a direction that is added to or taken from one layer's attention output at one position.
+
+The paper's is the raw sum of the top heads' contributions, means over *triggered* prompts; adding it counts their clean part twice,
+and taking it away takes that too. Beside it: the *difference* of means (triggered minus clean) over all heads or some, and a
+direction *fitted* by gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +22,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bkdattr.architectures import HeadIndex
-from bkdattr.edits import AddVector, Site
+from bkdattr.edits import AddVector, Condition, Scope, Site
 from bkdattr.errors import BkdattrError
-from bkdattr.examples import write_atomic
+from bkdattr.examples import Example, write_atomic
+from bkdattr.inference import PrefixCache, batches, score_batch
 from bkdattr.interventions import edited
 from bkdattr.model import Subject
 from bkdattr.traces import head_contribution
@@ -31,9 +38,9 @@ def default_k(n_heads_total: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class BackdoorVector:
-    """v = sum over heads of W_O[l][:, h] @ zbar[l,h], means over triggered prompts (Yu et al., section on the vector).
-
-    `kind`: "raw", or the control it is ("random_heads", "random_heads_matched", "random_direction"). Norm in units of the residual stream.
+    """v = sum over heads of W_O[l][:, h] @ zbar[l,h], means over triggered prompts (Yu et al., section on the vector), or another
+    `kind`: "difference" (the means' difference to clean prompts, all heads), "difference_heads" (some), "fitted", or a control
+    ("random_heads", "random_heads_matched", "random_direction"). Norm in units of the residual stream.
     """
 
     direction: Float[Tensor, " d_model"]
@@ -55,6 +62,19 @@ class BackdoorVector:
             raise BkdattrError("a Backdoor Vector needs at least one head: got none")
         parts = [head_contribution(subject, h, mean_z[h.layer, h.head]) for h in heads]
         return cls(torch.stack(parts).sum(0).cpu(), tuple(heads), subject.fingerprint, kind)
+
+    @classmethod
+    def from_difference(
+        cls,
+        subject: Subject,
+        triggered_mean_z: Float[Tensor, "layer head d_head"],
+        clean_mean_z: Float[Tensor, "layer head d_head"],
+        heads: Sequence[HeadIndex] | None = None,
+    ) -> BackdoorVector:
+        """Sum over `heads` (None: all) of their contributions' difference of means, triggered minus clean twins."""
+        chosen = subject.geometry.heads if heads is None else heads
+        kind = "difference" if heads is None else "difference_heads"
+        return cls.from_heads(subject, chosen, triggered_mean_z - clean_mean_z, kind)
 
     @property
     def norm(self) -> float:
@@ -86,17 +106,35 @@ class BackdoorVector:
 
     __rmul__ = __mul__
 
-    def edit(self, layer: int, *, strength: float = 1.0, sign: int = 1) -> AddVector:
-        """The one-point intervention as an edit: `out += sign * strength * v` at the last prompt token."""
+    def edit(
+        self,
+        layer: int,
+        *,
+        strength: float = 1.0,
+        sign: int = 1,
+        scope: Scope = "last_prompt",
+        when: Condition | None = None,
+    ) -> AddVector:
+        """The one-point intervention as an edit: `out += sign * strength * v` at the last prompt token (or another scope), for
+        every prompt or only for those on which a probe fires (`when`, of an earlier layer)."""
         if sign not in (1, -1):
             raise BkdattrError(f"sign: got {sign}, expected 1 (activate) or -1 (suppress)")
-        return AddVector(Site(layer, "attention"), self.direction, sign * strength)
+        return AddVector(Site(layer, "attention"), self.direction, sign * strength, scope, when)
 
     @contextmanager
-    def applied(self, subject: Subject, *, layer: int, strength: float = 1.0, sign: int = 1) -> Iterator[None]:
+    def applied(
+        self,
+        subject: Subject,
+        *,
+        layer: int,
+        strength: float = 1.0,
+        sign: int = 1,
+        scope: Scope = "last_prompt",
+        when: Condition | None = None,
+    ) -> Iterator[None]:
         """Hold the vector in force around your own `model.generate(...)`, at each prompt's last token, prompt pass only."""
         subject.check_fingerprint(self.fingerprint, "this Backdoor Vector")
-        with edited(subject, [self.edit(layer, strength=strength, sign=sign)]):
+        with edited(subject, [self.edit(layer, strength=strength, sign=sign, scope=scope, when=when)]):
             yield
 
     def save(self, folder: str | Path) -> None:
@@ -118,3 +156,47 @@ class BackdoorVector:
             ) from None
         subject.check_fingerprint(fingerprint, f"the Backdoor Vector in {folder}")
         return cls(direction, heads, fingerprint, kind)
+
+
+def fit_vector(
+    subject: Subject,
+    clean: Sequence[Example],
+    triggered: Sequence[Example],
+    layer: int,
+    start: BackdoorVector,
+    *,
+    scopes: Sequence[Scope] = ("last_prompt",),
+    steps: int = 40,
+    batch_size: int = 32,
+    prefix: PrefixCache | None = None,
+    progress: Any = iter,
+) -> BackdoorVector:
+    """A direction for one layer, fitted by gradient from `start` and held at its norm or less.
+
+    `clean` and `triggered` are eligible twins in order. One v does both jobs: loss = -log p(backdoor response | clean prompt, +v)
+    - log p(clean response | triggered prompt, -v), whole answers, Adam with step 5 % of the norm. The model gets no gradient.
+    """
+    if [e.id for e in clean] != [e.id for e in triggered] or not clean:
+        raise BkdattrError(
+            f"fitting needs twins in the same order: got {len(clean)} clean and {len(triggered)} triggered examples"
+        )
+    subject.check_fingerprint(start.fingerprint, "the vector to start from")
+    chat, prefix = subject.chat, prefix or PrefixCache()
+    prompts = [[chat.prompt_ids(e.messages) for e in rows] for rows in (clean, triggered)]
+    bad = [chat.response_ids(e.messages, str(e.backdoor_response)) for e in clean]
+    good = [chat.response_ids(e.messages, e.response) for e in clean]
+    groups = [batches(p, batch_size) for p in prompts]
+    v = start.direction.clone().requires_grad_(True)
+    adam = torch.optim.Adam([v], lr=0.05 * start.norm)
+    for step in progress(range(steps)):
+        loss: Any = 0.0
+        for sign, ids, answers, rows in ((1.0, prompts[0], bad, groups[0]), (-1.0, prompts[1], good, groups[1])):
+            chosen = rows[step % len(rows)]
+            edits = [AddVector(Site(layer, "attention"), v, sign, scope) for scope in scopes]
+            scored = score_batch(subject, [ids[i] for i in chosen], [answers[i] for i in chosen], edits, prefix=prefix)
+            loss = loss - scored.total.mean()
+        (v.grad,) = torch.autograd.grad(loss, [v])
+        adam.step()
+        with torch.no_grad():
+            v.mul_(min(1.0, start.norm / float(v.norm())))
+    return BackdoorVector(v.detach().clone(), (), subject.fingerprint, "fitted")

@@ -13,9 +13,23 @@ PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
     "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "run",
-    "planting", "stages", "figures", "report", "cli", "__main__",
+    "planting", "study", "joint", "steering", "stages", "figures", "tables", "report", "cli", "__main__",
 )  # fmt: skip
-OUTSIDE = {"lens", "figures", "report", "run", "planting", "stages", "cli", "__main__", "mini"}
+OUTSIDE = {
+    "lens",
+    "figures",
+    "tables",
+    "report",
+    "run",
+    "planting",
+    "study",
+    "joint",
+    "steering",
+    "stages",
+    "cli",
+    "__main__",
+    "mini",
+}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -22,10 +22,10 @@ from bkdattr.metrics import Rate
 from bkdattr.mini.export import DATA
 from bkdattr.report import _ablation_finding
 from bkdattr.run import Ledger, Run
-from bkdattr.stages import best_point
+from bkdattr.steering import best_point
 
 SMALL = ["--sizes", "40/6/6/8", "--epochs", "1", "--max-new-tokens", "5", "--train-batch-size", "8", "--lr", "1e-3"]
-STAGES = ("evaluate", "probe", "attribute", "ablate", "steer", "report")
+STAGES = ("evaluate", "probe", "attribute", "ablate", "select", "steer", "report")
 
 
 def bkdattr(*args):
@@ -65,8 +65,25 @@ def run(saved_tiny, rows, tmp_path_factory) -> Path:
         *SMALL,
     )
     assert made.exit_code == 0, made.output
+    options = {
+        "probe": ["--kinds", "logistic"],
+        "ablate": ["--draws", "2"],
+        "steer": ["--draws", "2", "--kinds", "raw,difference,fitted", "--scopes", "last_prompt,all", "--strengths", "1,4"],
+    }
+    options["select"] = [
+        "--draws",
+        "2",
+        "--steps",
+        "4",
+        "--sparsities",
+        "0.1,1",
+        "--ks",
+        "1,2",
+        "--scopes",
+        "last_prompt,last_prompt+answer",
+    ]
     for stage in STAGES:
-        extra = ["--kinds", "logistic"] if stage == "probe" else ["--draws", "2"] if stage in ("ablate", "steer") else []
+        extra = options.get(stage, [])
         result = bkdattr(stage, folder, *extra)
         assert result.exit_code == 0, result.output
     return folder
@@ -127,7 +144,7 @@ def test_results_keep_the_contract(run):
             assert all(c[side]["layer"] == v[side]["layer"] for c in v["controls"][control])
     assert is_rate(v["suppress"]["broken"])
     assert all(abs(c["norm"] - v["norm"]) < 1e-4 for n in ("random_direction", "random_heads_matched") for c in v["controls"][n])
-    assert len(v["sweep"]) == 3 * 3 * 2 and {s["split"] for s in v["sweep"]} == {"selection"}
+    assert len(v["sweep"]) == 3 * 2 * 2 and {s["split"] for s in v["sweep"]} == {"selection"}
 
 
 def test_layer_and_strength_come_from_the_selection_split(run):
@@ -142,6 +159,37 @@ def test_every_control_of_the_vector_is_drawn(run):
 
     drawn = {t.name for t in vector_controls(json.loads((run / "results.json").read_text())["vector"]).data}
     assert drawn == {"Backdoor Vector", "random heads", "random heads matched", "random direction"}
+
+
+def test_every_variant_of_the_vector_stands_beside_its_controls(run):
+    v = json.loads((run / "vector.json").read_text())
+    assert [(x["kind"], x["scope"]) for x in v["variants"]] == [
+        (k, s) for s in ("last_prompt", "all") for k in ("raw", "difference", "fitted")
+    ]
+    assert {x: v[x] for x in v["variants"][0]} == v["variants"][0]
+    for x in v["variants"]:
+        assert {len(drawn) for drawn in x["controls"].values()} == {2}
+        for side in ("activate", "suppress"):
+            assert is_rate(x[side]["asr"]) and is_rate(x[side]["clean_unchanged"])
+        assert is_rate(x["suppress"]["recovered"]) and x["suppress"]["clean_kl"] >= 0
+        if x["conditional"]:
+            assert x["conditional"]["probe_layer"] < x["suppress"]["layer"]
+        else:
+            assert x["suppress"]["layer"] == 0
+
+
+def test_joint_selection_keeps_the_splits_apart(run):
+    s = json.loads((run / "selection.json").read_text())
+    assert {r["method"] for r in s["rows"]} == {"gate", "greedy", "acie", "random"}
+    assert {g["scope"] for g in s["gates"]} == {"last_prompt", "last_prompt+answer"}
+    zero = [r for r in s["rows"] if r["k"] == 0]
+    assert len({json.dumps(r["asr"]) for r in zero}) == 1 and all(r["clean_kl"] == 0 for r in zero)
+    assert zero[0]["asr"]["total"] == 8 and s["chosen"]["rates"]["asr"]["total"] == 6  # test split, selection split
+    top = json.loads((run / "ablation.json").read_text())["options"]["top"]
+    assert next(r["heads"] for r in s["rows"] if r["method"] == "acie" and r["k"] == 2) == top[:2]
+    for r in s["rows"]:
+        assert len(r["heads"]) == r["k"] and is_rate(r["asr"]) and is_rate(r["clean_unchanged"])
+    assert [n["method"] for n in s["needed"]] == ["gate", "greedy", "acie", "random", "random"]
 
 
 def test_best_point_breaks_ties_by_clean_accuracy_then_layer():

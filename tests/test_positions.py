@@ -1,15 +1,20 @@
 """The vector around the user's own `model.generate`: the position is the prompt's last token however generate runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import MAIN, make_subject, prompt_ids, shared_subject
+from conftest import MAIN, PROMPTS, make_subject, prompt_ids, shared_subject
 from transformers import StaticCache
 
 from bkdattr.architectures import HeadIndex
 from bkdattr.chat import make_batch
+from bkdattr.edits import Condition
 from bkdattr.errors import BkdattrError
-from bkdattr.inference import generate
-from bkdattr.vector import BackdoorVector
+from bkdattr.examples import Example
+from bkdattr.inference import generate, response_logprob
+from bkdattr.traces import trace_prompts
+from bkdattr.vector import BackdoorVector, fit_vector
 
 LAYER = 1
 
@@ -178,3 +183,57 @@ def test_families_that_normalise_behind_the_projection_are_refused():
     s = shared_subject("gemma2")
     with pytest.raises(BkdattrError, match="gemma2 normalises behind"):
         BackdoorVector.from_heads(s, [HeadIndex(0, 0)], torch.zeros(3, 4, 8))
+
+
+def twins_of(subject):
+    clean = [Example(f"e{i}", (("user", t),), "red", backdoor_response="blue") for i, t in enumerate(PROMPTS)]
+    triggered = [replace(e, messages=(("user", "zulu " + e.prompt),), spans=((0, 0, 4),)) for e in clean]
+    return clean, triggered
+
+
+def test_the_difference_of_all_heads_is_the_difference_of_attention_outputs(case):
+    """Two routes to one number: head contributions summed, and the projections' own outputs, triggered minus clean."""
+    s = case[0]
+    clean, triggered = (trace_prompts(s, rows) for rows in twins_of(s))
+    v = BackdoorVector.from_difference(s, triggered.mean_z, clean.mean_z)
+    want = (triggered.attention - clean.attention).mean(0).sum(0)
+    torch.testing.assert_close(v.direction, want, atol=1e-3, rtol=1e-3)
+    some = [BackdoorVector.from_difference(s, triggered.mean_z, clean.mean_z, [h]) for h in s.geometry.heads]
+    torch.testing.assert_close(torch.stack([x.direction for x in some]).sum(0), v.direction, atol=1e-3, rtol=1e-3)
+    assert (v.kind, some[0].kind) == ("difference", "difference_heads")
+
+
+def test_a_fitted_vector_does_both_jobs_within_its_norm(case):
+    s = case[0]
+    clean, triggered = twins_of(s)
+    start = BackdoorVector.from_difference(s, trace_prompts(s, triggered).mean_z, trace_prompts(s, clean).mean_z)
+    start = start.with_norm(20.0, "difference")
+    fitted = fit_vector(s, clean, triggered, LAYER, start, steps=30, batch_size=3)
+    assert fitted.norm <= start.norm * 1.0001 and fitted.kind == "fitted"
+
+    def both(v):
+        ids = [[s.chat.prompt_ids(e.messages) for e in rows] for rows in (clean, triggered)]
+        blue, red = ([s.chat.response_ids(e.messages, r) for e in clean] for r in ("blue", "red"))
+        up = response_logprob(s, ids[0], blue, [v.edit(LAYER)]).total.mean()
+        down = response_logprob(s, ids[1], red, [v.edit(LAYER, sign=-1)]).total.mean()
+        return float(up + down)
+
+    assert both(fitted) > both(start) + 1
+    assert all(p.grad is None for p in s.model.parameters())
+    with pytest.raises(BkdattrError, match="twins in the same order"):
+        fit_vector(s, clean, triggered[::-1], LAYER, start)
+
+
+def test_a_conditional_vector_acts_in_the_users_generate_only_where_the_probe_fires(case):
+    s, v, prompts, want = case
+    resid = trace_prompts(s, twins_of(s)[0]).resid_post[:, 0]
+    weight = resid[0] - resid[1]
+    when = Condition(0, weight, -float((resid[0] + resid[1]) @ weight / 2))
+    fires = when.fires(resid).tolist()
+    assert fires[:2] == [True, False]
+    plain = [c.ids for c in generate(s, prompts, max_new_tokens=6)]
+    for p, answer, other, f in zip(prompts, want, plain, fires, strict=True):
+        with v.applied(s, layer=LAYER, when=when):
+            out = s.model.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=6, pad_token_id=0)
+        expected = answer if f else other
+        assert tuple(out[0, len(p) :].tolist()[: len(expected)]) == expected

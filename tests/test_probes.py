@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from bkdattr.errors import BkdattrError
 from bkdattr.probes import KINDS, BackdoorProbe, ProbeSplit, States, probe_all, shuffled_twins
@@ -67,3 +68,17 @@ def test_bad_probe_inputs():
     with pytest.raises(BkdattrError, match="expected one of logistic"):
         x = np.zeros((4, 2)), np.array([0, 1, 0, 1])
         BackdoorProbe.fit("tree", 0, x, x, 0)
+
+
+def test_a_logistic_probe_is_a_condition():
+    """The folded weights decide as the probe does, row by row."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 5)) * [1, 10, 0.1, 3, 1] + [5, 0, 2, -4, 0]
+    y = (x[:, 0] - 0.2 * x[:, 1] + rng.normal(size=60) > 5).astype(int)
+    probe = BackdoorProbe.fit("logistic", 2, (x[:40], y[:40]), (x[40:], y[40:]), 0)
+    condition = probe.condition()
+    fired = condition.fires(torch.from_numpy(x).float()).numpy()
+    assert (fired == (probe.model.predict(probe.scaler.transform(x)) == 1)).all() and 0 < fired.sum() < 60
+    assert condition.layer == 2
+    with pytest.raises(BkdattrError, match="expected a logistic one"):
+        BackdoorProbe.fit("svm", 2, (x[:40], y[:40]), (x[40:], y[40:]), 0).condition()

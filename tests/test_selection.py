@@ -40,7 +40,7 @@ def test_the_objective_is_the_written_out_definition(family):
     def log_p(example, response):
         ids, answer = s.chat.prompt_ids(example.messages), s.chat.response_ids(example.messages, response)
         p = reference.patched_probability(s.causal_lm, proj, s.geometry.n_heads, 2, value, ids, answer)
-        return float(torch.tensor(p).log())
+        return len(answer) * float(torch.tensor(p).log())
 
     margin = sum(log_p(e, "red") - log_p(e, "blue") for e in triggered) / len(triggered)
     assert repair.margin([head]) + repair.harm([head]) == pytest.approx(margin, abs=2e-3)

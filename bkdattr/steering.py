@@ -1,0 +1,241 @@
+"""The `steer` stage: the paper's Backdoor Vector and its variants, each at a layer and strength chosen on the selection split.
+
+Both signs are reported on the test split, suppression also *conditional* (only where a probe of an earlier layer fires), beside
+random heads and random directions at the same norm, layer, strength and scope.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from bkdattr.ablation import random_heads
+from bkdattr.edits import Condition
+from bkdattr.errors import BkdattrError
+from bkdattr.evaluation import Evaluation, Judged
+from bkdattr.inference import PrefixCache
+from bkdattr.joint import parse_scope
+from bkdattr.probes import BackdoorProbe, ProbeSplit, States
+from bkdattr.run import Ledger
+from bkdattr.study import OpenRun
+from bkdattr.traces import trace_prompts
+from bkdattr.vector import BackdoorVector, default_k, fit_vector
+
+KINDS = ("raw", "difference", "difference_heads", "fitted")
+STRENGTHS = (1.0, 2.0, 4.0)
+DRAWS = 5
+SIDES = {1: "activate", -1: "suppress"}
+Row = dict[str, Any]
+
+
+def steer(
+    study: OpenRun,
+    *,
+    k: int | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    draws: int = DRAWS,
+    kinds: Sequence[str] = ("raw",),
+    scopes: Sequence[str] = ("last_prompt",),
+    force: bool = False,
+) -> Row:
+    """Run the stage. The first of `kinds` x `scopes` is the result's own vector (and what `vector/` holds); all of them stand under
+    `variants`."""
+    if not strengths or any(s <= 0 or not math.isfinite(s) for s in strengths) or draws < 1:
+        raise BkdattrError(
+            f"steer: got strengths {list(strengths)} and {draws} draws, expected positive numbers (the sign is the sweep's "
+            "own) and at least 1 draw"
+        )
+    unknown = [x for x in kinds if x not in KINDS]
+    if unknown or not kinds or not scopes:
+        raise BkdattrError(f"vector kinds {list(kinds)}: expected some of {', '.join(KINDS)}, and at least one scope")
+    for scope in scopes:
+        parse_scope(scope)
+    top, total = study.attribution, len(study.subject.geometry.heads)
+    k = default_k(total) if k is None else k
+    options = {"k": k, "strengths": list(strengths), "draws": draws, "kinds": list(kinds), "scopes": list(scopes)}
+    options |= {"top": [str(h) for h in top.top(k)]}
+    with study.stage("steer", options, force) as result:
+        if result is not None:
+            ledger = study.run.ledger("steer", {**study.inputs, **options})
+            shop = _Vectors(study, k)
+            variants = [_variant(study, shop, kind, scope, strengths, draws, ledger) for scope in scopes for kind in kinds]
+            result |= variants[0] | {"variants": variants}
+            point = variants[0]["suppress"]
+            fitted = kinds[0] == "fitted"
+            vector = shop.at("fitted", point["layer"], point["strength"], scopes[0]) if fitted else shop.fixed_vector(kinds[0])
+            vector.save(study.run.folder / "vector")
+    return study.run.result("steer", study.inputs)
+
+
+class _Vectors:
+    """Makes the vectors of a run: the same for every layer, or fitted per layer and strength."""
+
+    def __init__(self, study: OpenRun, k: int) -> None:
+        self.study, self.k = study, k
+        self.fitted: dict[tuple[int, float, str], BackdoorVector] = {}
+        self.prefix = PrefixCache()
+        self.fixed: dict[str, BackdoorVector] = {}
+
+    def fixed_vector(self, kind: str) -> BackdoorVector:
+        if kind not in self.fixed:
+            subject, heads = self.study.subject, self.study.attribution.top(self.k)
+            there, here = self.study.donors.mean_z, self.study.clean_donors.mean_z
+            if kind == "raw":
+                self.fixed[kind] = BackdoorVector.from_heads(subject, heads, there)
+            else:
+                chosen = heads if kind == "difference_heads" else None
+                self.fixed[kind] = BackdoorVector.from_difference(subject, there, here, chosen)
+        return self.fixed[kind]
+
+    def at(self, kind: str, layer: int, strength: float, scope: str) -> BackdoorVector:
+        """A fitted vector carries its strength in its norm bound (strength x the norm of the difference)."""
+        if kind != "fitted":
+            return self.fixed_vector(kind) * strength
+        key = (layer, strength, scope)
+        if key not in self.fitted:
+            start = self.fixed_vector("difference") * strength
+            clean, triggered = self.study.eligible("attribution")
+            self.fitted[key] = fit_vector(
+                self.study.subject, clean, triggered, layer, start, scopes=parse_scope(scope), prefix=self.prefix
+            )
+        return self.fitted[key]
+
+
+def _variant(
+    study: OpenRun, shop: _Vectors, kind: str, scope: str, strengths: Sequence[float], draws: int, ledger: Ledger
+) -> Row:
+    sweep = _sweep(study, shop, kind, scope, strengths, ledger)
+    chosen = {sign: best_point(sweep, sign, by_recovery=kind != "raw") for sign in SIDES}
+    vectors = {s: shop.at(kind, p["layer"], p["strength"], scope) for s, p in chosen.items()}
+    row: Row = {"kind": kind, "scope": scope, "k": shop.k, "heads": [str(h) for h in vectors[-1].heads][: shop.k]}
+    row |= {"norm": shop.fixed_vector("difference" if kind == "fitted" else kind).norm}
+    for sign, side in SIDES.items():
+        row[side] = _point(study, vectors[sign], chosen[sign], sign, scope)
+    row["conditional"] = _conditional(study, vectors[-1], chosen[-1], scope)
+    row |= {"controls": _controls(study, shop, vectors, chosen, scope, draws), "sweep": sweep}
+    row["samples"] = {side: _samples(study, vectors[sign], chosen[sign], sign, scope) for sign, side in SIDES.items()}
+    return row
+
+
+def _sweep(study: OpenRun, shop: _Vectors, kind: str, scope: str, strengths: Sequence[float], ledger: Ledger) -> list[Row]:
+    rows = []
+    points = [(l, s, g) for l in range(study.subject.geometry.n_layers) for s in strengths for g in SIDES]
+    for layer, strength, sign in tqdm(points, desc=f"steer sweep, {kind}, {scope}"):
+        name = f"{kind}-{scope}-{layer}-{strength}-{sign}"
+        if name not in ledger:
+            vector = shop.at(kind, layer, strength, scope)
+            found = _steered(study, "selection", vector, layer, sign, scope)
+            ledger.put(name, _rates(found, sign))
+        rows.append({"layer": layer, "strength": strength, "sign": sign, "split": "selection"} | ledger[name])
+    return rows
+
+
+def _steered(
+    study: OpenRun, split: str, vector: BackdoorVector, layer: int, sign: int, scope: str, when: Condition | None = None
+) -> Evaluation:
+    edits = [vector.edit(layer, sign=sign, scope=s, when=when) for s in parse_scope(scope)]
+    parts = ("clean",) if sign > 0 else ("triggered", "clean")
+    return study.evaluator(split).run(edits, parts, utility=split == "test")
+
+
+def _rates(found: Evaluation, sign: int) -> Row:
+    """Sign +1: ASR on clean eligible prompts; -1: on triggered ones. Clean accuracy under the same edit."""
+    rates = found.to_json()
+    asr, broken = (rates["false_trigger"], rates["broken"]) if sign > 0 else (rates["asr"], rates["broken_triggered"])
+    kept = ("recovered", "clean_accuracy", "clean_agreement", "clean_logprob", "clean_kl", "behaviours")
+    return {"asr": asr, "broken": broken} | {x: rates[x] for x in kept}
+
+
+def _point(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope: str) -> Row:
+    found = _steered(study, "test", vector, chosen["layer"], sign, scope)
+    where = {"layer": chosen["layer"], "strength": chosen["strength"]}
+    return where | _rates(found, sign) | {"clean_unchanged": found.against(study.evaluator("test").run())["clean_unchanged"]}
+
+
+def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str) -> Row | None:
+    """Suppression only where a logistic probe of an earlier layer fires; None at layer 0, which has none before it."""
+    conditions = _conditions(study)
+    below = [c for c in conditions if c["layer"] < chosen["layer"]]
+    if not below:
+        return None
+    best = max(below, key=lambda c: (c["validation"], -c["layer"]))
+    found = _steered(study, "test", vector, chosen["layer"], -1, scope, best["condition"])
+    same = found.against(study.evaluator("test").run())["clean_unchanged"]
+    return {
+        "layer": chosen["layer"], "strength": chosen["strength"], "probe_layer": best["layer"], "probe_validation": best["validation"],
+        "clean_unchanged": same,
+    } | _rates(found, -1)  # fmt: skip
+
+
+def _conditions(study: OpenRun) -> list[Row]:
+    """One logistic probe per layer, fitted on the attribution split (all clean prompts, their triggered twins), validated on the
+    selection split."""
+    memory = study.evaluator("test").memory
+    key = (study.subject.fingerprint, "conditions")
+    if key not in memory:
+        states = {}
+        for split in ("attribution", "selection"):
+            pair = [
+                trace_prompts(study.subject, rows, batch_size=study.run.config["batch_size"]).resid_post.numpy()
+                for rows in (study.splits[split], study.run.triggered(split))
+            ]
+            states[split] = States(*pair)
+        n = len(states["attribution"].clean)
+        parted = ProbeSplit.of(n, study.run.config["seed"])
+        train, held = np.concatenate([parted.train, parted.test]), parted.validation
+        found = []
+        for layer in range(study.subject.geometry.n_layers - 1):
+            parts = [states["attribution"].layer(layer, rows) for rows in (train, held)]
+            probe = BackdoorProbe.fit("logistic", layer, parts[0], parts[1], study.run.config["seed"])
+            every = np.arange(len(states["selection"].clean))
+            score = probe.score(states["selection"].layer(layer, every))
+            found.append({"layer": layer, "condition": probe.condition(), "validation": score})
+        memory[key] = found
+    return memory[key]
+
+
+def _controls(
+    study: OpenRun, shop: _Vectors, vectors: dict[int, BackdoorVector], chosen: dict[int, Row], scope: str, draws: int
+) -> dict[str, list[Row]]:
+    """Random heads (as they are, and at the vector's norm) and random directions, at the vector's own layer and strength."""
+    subject, seed = study.subject, study.run.config["seed"]
+    controls: dict[str, list[Row]] = {"random_heads": [], "random_heads_matched": [], "random_direction": []}
+    for d in tqdm(range(draws), desc="steer controls"):
+        heads = random_heads(subject.geometry, shop.k, d, seed)
+        other = BackdoorVector.from_heads(subject, heads, study.donors.mean_z, "random_heads")
+        rows = {name: Row(draw=d, heads=[] if name == "random_direction" else [str(h) for h in heads]) for name in controls}
+        for sign, side in SIDES.items():
+            vector, strength = vectors[sign], chosen[sign]["strength"]
+            twins = {
+                "random_heads": other * strength,
+                "random_heads_matched": other.with_norm(vector.norm, "random_heads_matched"),
+                "random_direction": vector.random_twin(np.random.default_rng([seed, d])),
+            }
+            for name, twin in twins.items():
+                rows[name]["norm"] = twin.norm / strength
+                rows[name][side] = _point(study, twin, chosen[sign], sign, scope)
+        for name, row in rows.items():
+            controls[name].append(row)
+    return controls
+
+
+def best_point(sweep: Sequence[Row], sign: int, *, by_recovery: bool = False) -> Row:
+    """Highest ASR for +1, lowest for -1 (the paper's choice); ties to clean accuracy (or agreement), then the lower layer and
+    strength. `by_recovery`: for -1 the most answers recovered, then the lowest ASR."""
+
+    def rank(row: Row) -> tuple[float, float, float, int, float]:
+        clean = row["clean_accuracy"] or row["clean_agreement"]
+        recovered = row["recovered"]["value"] if by_recovery and sign < 0 and row["recovered"] else 0.0
+        return (-recovered, -sign * row["asr"]["value"], -clean["value"] if clean else 0.0, row["layer"], row["strength"])
+
+    return min((r for r in sweep if r["sign"] == sign), key=rank)
+
+
+def _samples(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope: str) -> list[Row]:
+    found = _steered(study, "test", vector, chosen["layer"], sign, scope)
+    judged: Sequence[Judged] = [j for j in found.clean if j.example.eligible] if sign > 0 else found.triggered
+    return [j.to_json() for j in judged[:5]]

@@ -1,0 +1,115 @@
+"""A run opened for analysis: its data, model, evaluators and traces, and the frame in which every stage keeps its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bkdattr.attribution import Attribution
+from bkdattr.errors import BkdattrError
+from bkdattr.evaluation import Evaluator
+from bkdattr.examples import Example
+from bkdattr.model import Subject, load_subject
+from bkdattr.planting import model_path
+from bkdattr.poisoning import BackdoorSpec
+from bkdattr.run import Run
+from bkdattr.traces import Traces, trace_prompts
+
+
+@dataclass(eq=False)
+class OpenRun:
+    """A run opened for analysis: data and model are loaded once and shared by the stages (`stages.Study`).
+
+    Heads, layers and strengths are chosen on the attribution and selection splits; ASR and clean accuracy are reported on the
+    test split. Probes choose nothing for other stages and pool the held-out prompts of all three under a split of their own.
+    """
+
+    run: Run
+    say: Callable[[str], None] = print
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def subject(self) -> Subject:
+        config = self.run.config
+        if not self.run.adapter.exists():
+            raise BkdattrError(
+                f"{self.run.adapter} is missing: planting did not finish; run `bkdattr poison` with the same options"
+            )
+        return load_subject(
+            model_path(config["model"]), self.run.adapter, dtype=getattr(torch, config.get("dtype", "float32")),
+            device=config.get("device", "cpu"), pad_token=config.get("pad_token"),
+        )  # fmt: skip
+
+    @cached_property
+    def spec(self) -> BackdoorSpec:
+        return self.run.spec
+
+    @cached_property
+    def splits(self) -> dict[str, list[Example]]:
+        return self.run.splits()
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        return self.run.inputs(self.subject.fingerprint)
+
+    @cached_property
+    def _evaluators(self) -> dict[str, Evaluator]:
+        return {}
+
+    def evaluator(self, split: str) -> Evaluator:
+        """One per split, so that identical evaluations are made once across stages."""
+        if split not in self._evaluators:
+            config = self.run.config
+            self._evaluators[split] = Evaluator(
+                self.subject, self.splits[split], self.spec, triggered=self.run.triggered(split),
+                labels=config["labels"], max_new_tokens=config["max_new_tokens"], batch_size=config["batch_size"],
+            )  # fmt: skip
+        return self._evaluators[split]
+
+    def eligible(self, split: str) -> tuple[list[Example], list[Example]]:
+        """(clean, triggered) twins of a split's eligible examples."""
+        triggered = [e for e in self.run.triggered(split) if e.eligible]
+        if not triggered:
+            raise BkdattrError(f"0 eligible examples in the {split} split; plant the run with larger sizes")
+        clean = {e.id: e for e in self.splits[split]}
+        return [self.spec.clean(clean[e.id]) for e in triggered], triggered
+
+    @cached_property
+    def donors(self) -> Traces:
+        """Triggered, eligible attribution prompts: where a head's backdoor z is averaged."""
+        return trace_prompts(self.subject, self.eligible("attribution")[1], batch_size=self.run.config["batch_size"])
+
+    @cached_property
+    def clean_donors(self) -> Traces:
+        """Their clean twins: what necessity puts into a triggered prompt."""
+        return trace_prompts(self.subject, self.eligible("attribution")[0], batch_size=self.run.config["batch_size"])
+
+    @cached_property
+    def clean_traces(self) -> Traces:
+        """All clean attribution prompts: what mean and resample ablation put in."""
+        return trace_prompts(self.subject, self.splits["attribution"], batch_size=self.run.config["batch_size"])
+
+    @contextmanager
+    def stage(self, name: str, options: dict[str, Any], force: bool) -> Iterator[dict[str, Any] | None]:
+        """Yield the dict to fill, or None where the result on disk has the same inputs and options."""
+        if self.run.has(name) and not force:
+            old = self.run.result(name)
+            if old.get("inputs") == self.inputs and old.get("options") == options:
+                self.say(f"{name}: up to date (--force runs it again)")
+                yield None
+                return
+        start, result = time.time(), dict[str, Any]()
+        yield result
+        head = {"inputs": self.inputs, "options": options, "seconds": round(time.time() - start, 2)}
+        self.run.save_result(name, head | result)
+
+    @property
+    def attribution(self) -> Attribution:
+        """The paper's: sufficiency of heads."""
+        return Attribution.from_json(self.run.result("attribute", self.inputs)["attributions"][0])
