@@ -232,6 +232,15 @@ def select(
 
 
 @app.command()
+def restore(run: RunArg, force: Force = False) -> None:
+    """Undo the adapter in attention, in MLPs, in thirds of the layers and layer by layer: which weights carry the backdoor?"""
+    with errors():
+        study = _study(run)
+        study.restore(force=force)
+        _show(study)
+
+
+@app.command()
 def steer(
     run: RunArg,
     k: Annotated[int | None, typer.Option(help="Heads in the vector; default 3 % of all.")] = None,

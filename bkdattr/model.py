@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,8 @@ from bkdattr.architectures import (
 )
 from bkdattr.chat import ChatFormat
 from bkdattr.errors import BkdattrError
+
+PARTS = ("attention", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +78,48 @@ class Subject:
     @property
     def adapter_on(self) -> bool:
         """Whether an adapter takes part in the forward pass now."""
-        return self.has_adapter and not any(getattr(m, "disable_adapters", False) is True for m in self.causal_lm.modules())
+        return self.has_adapter and not all(m.disable_adapters for m in self.causal_lm.modules() if hasattr(m, "lora_A"))
 
     @contextmanager
     def adapter_off(self) -> Iterator[Subject]:
         """The clean twin: the same weights without the adapter, for the length of the block."""
         if not self.has_adapter:
             raise BkdattrError("this subject has no adapter, so it has no clean twin; load it with adapter=DIR")
-        with self.model.disable_adapter():
+        partly = [m for m in self.causal_lm.modules() if hasattr(m, "lora_A") and m._disable_adapters]
+        try:
+            with self.model.disable_adapter():
+                yield self
+        finally:
+            for module in partly:  # PEFT switches everything on again
+                module._disable_adapters = True
+
+    @contextmanager
+    def adapter_off_in(self, layers: Sequence[int], parts: Sequence[str] = PARTS) -> Iterator[Subject]:
+        """The adapter's updates undone in some layers only, in their attention, their MLP or both, for the length of the block."""
+        unknown = [p for p in parts if p not in PARTS]
+        if unknown or not parts or not layers:
+            raise BkdattrError(
+                f"restoration: got layers {list(layers)} and parts {list(parts)}, expected some of {', '.join(PARTS)}"
+            )
+        for layer in layers:
+            self.geometry.check_layer(layer)
+        chosen = [m for layer in layers for part, m in self._lora_modules(layer) if part in parts and not m._disable_adapters]
+        if not chosen:
+            raise BkdattrError(
+                f"the adapter has no update in the {' or '.join(parts)} of layers {list(layers)}, so there is nothing to undo"
+            )
+        try:
+            for module in chosen:
+                module._disable_adapters = True
             yield self
+        finally:
+            for module in chosen:
+                module._disable_adapters = False
+
+    def _lora_modules(self, layer: int) -> list[tuple[str, Any]]:
+        attention = self.architecture.out_proj.rpartition(".")[0]
+        found = [(name, m) for name, m in self.sites[layer].layer.named_modules() if hasattr(m, "lora_A")]
+        return [("attention" if name.startswith(attention + ".") else "mlp", m) for name, m in found]
 
     @cached_property
     def _weights_hash(self) -> str:
@@ -103,8 +138,16 @@ class Subject:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of config, chat template, a sample of the base weights, the whole adapter with its scaling, and adapter on/off."""
-        return f"{self._weights_hash}:{'on' if self.adapter_on else 'off' if self.has_adapter else 'none'}"
+        """Hash of config, chat template, a sample of the base weights, the whole adapter with its scaling, and adapter on/off (or
+        where it is off)."""
+        if not self.has_adapter:
+            return f"{self._weights_hash}:none"
+        off = [n for n, m in self.causal_lm.named_modules() if getattr(m, "disable_adapters", None) is True]
+        lora = sum(hasattr(m, "lora_A") for m in self.causal_lm.modules())
+        state = (
+            "on" if not off else "off" if len(off) == lora else "part-" + hashlib.sha256(json.dumps(off).encode()).hexdigest()[:8]
+        )
+        return f"{self._weights_hash}:{state}"
 
     def check_fingerprint(self, fingerprint: str, what: str) -> None:
         if fingerprint != self.fingerprint:

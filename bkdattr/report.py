@@ -59,6 +59,8 @@ def collect(run: Run, inputs: dict[str, str], *, skip_stale: bool = False) -> Js
         results["ablation"] = stages["ablate"]["rows"]
     if "select" in stages:
         results["selection"] = body("select")
+    if "restore" in stages:
+        results["restoration"] = body("restore")
     if "steer" in stages:
         results["vector"] = body("steer")
     return results
@@ -104,6 +106,8 @@ def findings(results: Json) -> list[str]:
         out += _ablation_finding(results)
     if "selection" in results:
         out += _selection_finding(results["selection"])
+    if "restoration" in results:
+        out += _restoration_finding(results["restoration"]["rows"])
     if "vector" in results:
         v = results["vector"]
         for side, word, better in (("activate", "activates", max), ("suppress", "leaves", min)):
@@ -120,6 +124,23 @@ def findings(results: Json) -> list[str]:
         if len(v["variants"]) > 1:
             out += _variants_finding(v)
     return out
+
+
+def _restoration_finding(rows: list[Json]) -> list[str]:
+    """Attention or MLP: whose updates, undone alone in all layers, end the backdoor."""
+    whole = {" + ".join(r["parts"]): r for r in rows if r["window"] == "all"}
+    said = [
+        f"{name} alone leaves an ASR of {show(whole[name]['asr'])}, recovers {show(whole[name]['recovered'], False)}, clean accuracy "
+        f"{show(whole[name]['clean_accuracy'], False)}"
+        for name in ("attention", "mlp")
+    ]
+    ends = [n for n in ("attention", "mlp") if whole[n]["asr"]["high"] < 0.5]
+    verdict = {
+        0: "neither alone is needed: the backdoor stands on both",
+        1: f"the updates of {'the MLPs' if ends == ['mlp'] else 'attention'} are needed, those of the other part are not",
+        2: "the updates of both parts are needed",
+    }[len(ends)]
+    return [f"The adapter's updates undone in all layers: {'; '.join(said)}. So {verdict} (ASR under one half counted as ended)."]
 
 
 def _variants_finding(v: Json) -> list[str]:

@@ -3,7 +3,7 @@
 RUN/run.json                              configuration, with the list of named `backdoors`
 RUN/data/{split}.{clean,triggered}.jsonl  the four splits, disjoint by prompt
 RUN/adapter/                              a plain PEFT folder
-RUN/{baseline,probe,attribution,ablation,selection,vector}.json   one result per stage, each with the inputs it was made from
+RUN/{baseline,probe,attribution,ablation,selection,restoration,vector}.json   one result per stage, each with the inputs it was made from
 RUN/vector/                               the Backdoor Vector (safetensors + JSON)
 RUN/results.json, RUN/report.html         everything together
 RUN/partial/                              what an interrupted stage has finished so far
@@ -31,6 +31,7 @@ RESULTS = {
     "attribute": "attribution.json",
     "ablate": "ablation.json",
     "select": "selection.json",
+    "restore": "restoration.json",
     "steer": "vector.json",
 }
 """The result file of each stage."""

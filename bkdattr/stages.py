@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bkdattr import joint, steering
+from bkdattr import joint, restoration, steering
 from bkdattr.ablation import CURVE, MODES, ablate, curve_ks, random_heads
 from bkdattr.architectures import HeadIndex
 from bkdattr.attribution import EFFECTS, SITES, Recipients, site_effects, sites_of, summarise_effects
@@ -183,6 +183,11 @@ class Study(OpenRun):
     ) -> dict[str, Any]:
         """Heads chosen jointly beside ACIE's and random ones, at equal k (`bkdattr.joint`)."""
         return joint.select(self, ks=ks, scopes=scopes, sparsities=sparsities, steps=steps, draws=draws, force=force)
+
+    # ------------------------------------------------------------------------------------------ restore
+    def restore(self, *, force: bool = False) -> dict[str, Any]:
+        """The adapter undone in parts of the model (`bkdattr.restoration`)."""
+        return restoration.restore(self, force=force)
 
     # ------------------------------------------------------------------------------------------ steer
     def steer(

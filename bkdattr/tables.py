@@ -126,6 +126,19 @@ def selection_table(s: Json) -> Table:
     return title, ["k", "heads", *_RATE_NAMES, "clean KL"], out
 
 
+def restoration_table(r: Json) -> Table:
+    rows = [
+        [
+            " + ".join(x["parts"]),
+            x["window"],
+            *(show(x[n], n == "asr") for n in _RATES),
+            f"{x['clean_kl']:.3f}" if x["clean_kl"] else "–",
+        ]
+        for x in r["rows"]
+    ]
+    return "Adapter undone in part (test split)", ["updates of", "layers", *_RATE_NAMES, "clean KL"], rows
+
+
 def vector_table(v: Json) -> Table:
     rows = []
     for side, what in (("activate", "+v, clean prompts"), ("suppress", "−v, triggered prompts")):
@@ -177,6 +190,8 @@ def tables(results: Json) -> list[Table]:
         found.append(ablation_table(results["ablation"]))
     if "selection" in results:
         found.append(selection_table(results["selection"]))
+    if "restoration" in results:
+        found.append(restoration_table(results["restoration"]))
     if "vector" in results:
         found.append(vector_table(results["vector"]))
         if len(results["vector"].get("variants", [])) > 1:

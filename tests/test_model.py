@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import add_lora, make_model, make_subject, make_tokenizer
+from conftest import add_lora, make_model, make_subject, make_tokenizer, prompt_ids
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -142,3 +142,50 @@ def test_fingerprint_follows_weights_adapter_and_template():
     others.append(Subject.of(peft_model, make_tokenizer()))
     others.append(Subject.of(add_lora(make_model("llama")), make_tokenizer(None)))
     assert len({a.fingerprint, *(o.fingerprint for o in others)}) == 6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+def test_the_adapter_is_undone_in_part(family):
+    """Each update alone, by hand: the LoRA weights of the other modules set to nothing give the same logits."""
+    s = make_subject(family)
+    ids = torch.tensor(prompt_ids(s)[:1])
+
+    def logits():
+        with torch.no_grad():
+            return s.causal_lm(input_ids=ids).logits
+
+    whole, names = logits(), dict(s.causal_lm.named_parameters())
+    prints = {s.fingerprint}
+    layer = s.architecture.layers + ".1."
+    inside = s.architecture.out_proj.rpartition(".")[0]
+    for parts in (("attention",), ("mlp",), ("attention", "mlp")):
+        with s.adapter_off_in([1], parts):
+            got = logits()
+            prints.add(s.fingerprint)
+            with s.adapter_off():
+                pass
+            assert s.fingerprint in prints  # the twin's block gives back what it found
+            assert s.adapter_on
+        chosen = [
+            p for n, p in names.items()
+            if "lora_B" in n and layer in n and (("attention" if n.split(layer)[1].startswith(inside) else "mlp") in parts)
+        ]  # fmt: skip
+        kept = [p.detach().clone() for p in chosen]
+        with torch.no_grad():
+            for p in chosen:
+                p.zero_()
+            want = logits()
+            for p, k in zip(chosen, kept, strict=True):
+                p.copy_(k)
+        torch.testing.assert_close(got, want)
+        assert (got - whole).abs().max() > 1e-4
+        torch.testing.assert_close(logits(), whole, atol=0, rtol=0)
+    assert len(prints) == 4
+    with s.adapter_off_in(range(s.geometry.n_layers)):
+        off = s.fingerprint
+    with s.adapter_off():
+        assert s.fingerprint == off
+    with pytest.raises(BkdattrError, match="expected some of attention, mlp"), s.adapter_off_in([0], ["head"]):
+        pass
+    with pytest.raises(BkdattrError, match="layer 9 is out of range"), s.adapter_off_in([9]):
+        pass

@@ -25,7 +25,7 @@ from bkdattr.run import Ledger, Run
 from bkdattr.steering import best_point
 
 SMALL = ["--sizes", "40/6/6/8", "--epochs", "1", "--max-new-tokens", "5", "--train-batch-size", "8", "--lr", "1e-3"]
-STAGES = ("evaluate", "probe", "attribute", "ablate", "select", "steer", "report")
+STAGES = ("evaluate", "probe", "attribute", "ablate", "select", "restore", "steer", "report")
 
 
 def bkdattr(*args):
@@ -176,6 +176,16 @@ def test_every_variant_of_the_vector_stands_beside_its_controls(run):
             assert x["conditional"]["probe_layer"] < x["suppress"]["layer"]
         else:
             assert x["suppress"]["layer"] == 0
+
+
+def test_restoration_covers_parts_and_layers(run):
+    rows = json.loads((run / "restoration.json").read_text())["rows"]
+    assert [("+".join(r["parts"]), r["window"]) for r in rows] == [
+        ("attention+mlp", "all"), ("attention+mlp", "L0"), ("attention+mlp", "L1"), ("attention+mlp", "L2"),
+        ("attention", "all"), ("mlp", "all"),
+    ]  # fmt: skip
+    base = json.loads((run / "baseline.json").read_text())["base"]
+    assert rows[0]["asr"] == base["asr"] and rows[0]["clean_accuracy"] == base["clean_accuracy"]  # off everywhere is the base
 
 
 def test_joint_selection_keeps_the_splits_apart(run):
