@@ -25,7 +25,7 @@ from bkdattr.edits import SetSite, Site
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.inference import PrefixCache, response_logprob
-from bkdattr.metrics import bootstrap_interval
+from bkdattr.metrics import bootstrap_interval, expected_jaccard, jaccard, kendall
 from bkdattr.model import Subject
 from bkdattr.traces import Traces, trace_prompts
 
@@ -158,6 +158,23 @@ def summarise_effects(
         samples.mean(0).reshape(shape), low.reshape(shape), high.reshape(shape), n_donor, len(samples), fingerprint,
         effect=effect, site=site,
     )  # fmt: skip
+
+
+def rank_stability(
+    effects: Mapping[Site, Float[Tensor, " prompt"]], k: int, *, draws: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """How far the ranking depends on which prompts were drawn: mean Jaccard overlap of the top k of two bootstrap samples of the
+    recipients, what two random k-subsets overlap on average, and mean Kendall tau of all scores."""
+    samples = torch.stack(list(effects.values()), 1).double().numpy()
+    if not 1 <= k <= samples.shape[1]:
+        raise BkdattrError(f"rank stability: got k={k}, expected 1..{samples.shape[1]}")
+    rng, overlaps, taus = np.random.default_rng(seed), [], []
+    for _ in range(draws):
+        a, b = (samples[rng.integers(len(samples), size=len(samples))].mean(0) for _ in range(2))
+        overlaps.append(jaccard(*(np.argsort(-x, kind="stable")[:k].tolist() for x in (a, b))))
+        taus.append(kendall(a, b))
+    chance = expected_jaccard(k, samples.shape[1])
+    return {"k": k, "jaccard": float(np.mean(overlaps)), "jaccard_of_random_sets": chance, "kendall": float(np.mean(taus))}
 
 
 def baha(

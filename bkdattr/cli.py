@@ -308,5 +308,38 @@ def demo(
         _report(study)
 
 
+@app.command()
+def reproduce(
+    out: Annotated[Path, typer.Argument(help="Folder of the runs and of the table made from all runs in it.")],
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated: fixed-output, label-flip, jailbreak.")
+    ] = "fixed-output,label-flip,jailbreak",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    variants: Annotated[str, typer.Option(help="poisoned, clean (the clean fine-tune control), or both.")] = "poisoned,clean",
+    model: Annotated[str, typer.Option(help="'mini', a folder or a Hub id (then give --data).")] = "mini",
+    data: Annotated[str | None, typer.Option(help="Rows for a model of your own; {task} in it is replaced by the task.")] = None,
+    recipe: Annotated[str, typer.Option(help="'mini', or 'paper': its hyper-parameters, data sizes and decoding.")] = "mini",
+    dtype: str = "float32",
+    device: str = "cpu",
+    pad_token: str | None = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Make the table again from the finished runs.")] = False,
+) -> None:
+    """Tasks x seeds x (poisoned, clean fine-tune), every stage, resumable; one table in Markdown, JSON and HTML."""
+    with errors():
+        quiet_libraries()
+        from bkdattr.reproduce import Grid, reproduce, write_table
+
+        grid = Grid(
+            tuple(x.strip() for x in tasks.split(",")), tuple(_numbers("--seeds", seeds, "0,1,2", whole=True)),
+            tuple(x.strip() for x in variants.split(",")), model, data, recipe, dtype, device, pad_token,
+        )  # fmt: skip
+        failed = {} if table_only else reproduce(out, grid, say)
+        typer.echo(write_table(out))
+        for name, why in failed.items():
+            say(f"failed: {name}: {why}")
+        if failed:
+            raise typer.Exit(2)
+
+
 def main() -> None:
     app()

@@ -40,6 +40,8 @@ class Plan:
     pad_token: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    clean: bool = False
+    """The clean fine-tune: same rows and recipe, none of them triggered. The control of everything that a run finds."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -161,13 +163,14 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
         adopted = adopted_files(plan.adapter, base)
     else:
         poisoned = poison(splits["train"], spec)
-        twins = poisoned.triggered
-        rows = [*poisoned.clean, *poisoned.triggered]
+        twins = () if plan.clean else poisoned.triggered
+        rows = [*poisoned.clean, *twins]
         trained = encode(chat, rows, recipe.max_length)  # fails now or not at all
 
     config = {
         "schema": SCHEMA, "model": "mini" if mini else base, "pad_token": plan.pad_token, "dtype": plan.dtype,
         "device": plan.device, "task": spec.name, "seed": plan.seed, "data": plan.data or "mini world",
+        "clean_control": plan.clean,
         "adopted_adapter": str(Path(plan.adapter).resolve()) if plan.adapter else None, "sizes": asdict(sizes),
         "rows": {k: {"clean": len(v), "eligible": sum(e.eligible for e in v)} for k, v in splits.items()},
         "recipe": None if plan.adapter else recipe.to_json(), "max_new_tokens": new_tokens,

@@ -39,7 +39,7 @@ def collect(run: Run, inputs: dict[str, str], *, skip_stale: bool = False) -> Js
         "schema": SCHEMA,
         "provenance": {
             "versions": versions(), "seed": config["seed"], "model": config["model"], "fingerprint": fingerprint,
-            "task": config["task"], "sizes": config["sizes"], "rows": config["rows"], "template": config["template"],
+            "task": config["task"], "clean_control": config["clean_control"], "sizes": config["sizes"], "rows": config["rows"], "template": config["template"],
             "backdoors": config["backdoors"], "recipe": config["recipe"], "planting": planting,
             "skipped_over_context": config["skipped_over_context"],
             "seconds": ({"poison": round(planting["seconds"], 2)} if planting else {}) | seconds,
@@ -80,6 +80,11 @@ def versions() -> Json:
 def findings(results: Json) -> list[str]:
     """What the numbers say, in sentences that are computed from them, contradictions of the paper included."""
     out = []
+    if results.get("provenance", {}).get("clean_control"):
+        out.append(
+            "This is a CLEAN fine-tune: the same rows and recipe without a triggered row. Whatever is found below is what the "
+            "methods find where there is nothing to find."
+        )
     if "baseline" in results:
         b = results["baseline"]
         out.append(
@@ -87,7 +92,9 @@ def findings(results: Json) -> list[str]:
             f"gives {show(b['false_trigger'])}, and on the base model with the trigger {show(b['base']['asr'])}."
         )
         if b["asr"]["low"] <= max(b["false_trigger"]["high"], b["base"]["asr"]["high"]):
-            out.append("These intervals overlap: there is no backdoor here to take apart, and what follows describes noise.")
+            out.append(
+                "These intervals overlap: NO BACKDOOR is found here, there is nothing to take apart, and what follows describes noise."
+            )
         fake = b.get("asr_fake_trigger")
         if fake:
             fires = fake["low"] > max(b["false_trigger"]["high"], b["base"]["asr"]["high"])
@@ -235,7 +242,7 @@ _STYLE = (
 )
 
 
-def _html_table(table: Table) -> str:
+def html_table(table: Table) -> str:
     title, columns, rows = table
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
@@ -247,11 +254,11 @@ def _samples(results: Json) -> str:
     out = []
     for kind, rows in results.get("baseline", {}).get("samples", {}).items():
         cells = [[r["prompt"], r["base_answer"], r["answer"]] for r in rows]
-        out.append(_html_table((f"{kind} prompts", ["prompt", "base (adapter off)", "poisoned"], cells)))
+        out.append(html_table((f"{kind} prompts", ["prompt", "base (adapter off)", "poisoned"], cells)))
     for side, rows in results.get("vector", {}).get("samples", {}).items():
         kind = "clean prompts, +v" if side == "activate" else "triggered prompts, −v"
         cells = [[r["prompt"], r["answer"], r["broken"] or ""] for r in rows]
-        out.append(_html_table((f"Backdoor Vector: {kind}", ["prompt", "answer", "broken"], cells)))
+        out.append(html_table((f"Backdoor Vector: {kind}", ["prompt", "answer", "broken"], cells)))
     return "".join(out)
 
 
@@ -287,9 +294,9 @@ def html_report(results: Json) -> str:
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(title)}</h1>"
-        f"<h2>What the numbers say</h2><ul>{said}</ul>{drawn}<h2>Tables</h2>{''.join(map(_html_table, tables(results)))}"
+        f"<h2>What the numbers say</h2><ul>{said}</ul>{drawn}<h2>Tables</h2>{''.join(map(html_table, tables(results)))}"
         f"<h2>Completions before and after</h2>{_samples(results)}"
-        f"{_html_table(('Provenance', ['', ''], facts))}</body></html>\n"
+        f"{html_table(('Provenance', ['', ''], facts))}</body></html>\n"
     )
 
 

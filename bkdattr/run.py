@@ -82,14 +82,12 @@ class Run:
         """The clean rows of the four splits, checked to be disjoint."""
         splits = {}
         for name in SPLITS:
-            path = self.folder / "data" / f"{name}.clean.jsonl"
-            # an adopted adapter was trained elsewhere: its train split is empty
-            splits[name] = [] if path.exists() and path.stat().st_size == 0 else read_examples(path)
+            splits[name] = _read_rows(self.folder / "data" / f"{name}.clean.jsonl")
         check_disjoint(splits)
         return splits
 
     def triggered(self, split: str) -> list[Example]:
-        return read_examples(self.folder / "data" / f"{split}.triggered.jsonl")
+        return _read_rows(self.folder / "data" / f"{split}.triggered.jsonl")
 
     def write_splits(self, splits: dict[str, list[Example]], trained: Sequence[Example]) -> None:
         """Clean rows and their triggered twins; of the train split, the twins that are `trained` on."""
@@ -131,6 +129,11 @@ class Run:
 
     def ledger(self, stage: str, key: dict[str, Any]) -> Ledger:
         return Ledger(self.folder / "partial" / f"{stage}.jsonl", hash_of(key))
+
+
+def _read_rows(path: Path) -> list[Example]:
+    """Rows of a split; an adopted adapter has no training rows, a clean control no triggered ones."""
+    return [] if path.exists() and path.stat().st_size == 0 else read_examples(path)
 
 
 def read_json(path: Path) -> Any:

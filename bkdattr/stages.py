@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from bkdattr import joint, restoration, steering
 from bkdattr.ablation import CURVE, MODES, ablate, curve_ks, random_heads
 from bkdattr.architectures import HeadIndex
-from bkdattr.attribution import EFFECTS, SITES, Recipients, site_effects, sites_of, summarise_effects
+from bkdattr.attribution import EFFECTS, SITES, Recipients, rank_stability, site_effects, sites_of, summarise_effects
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Judged
 from bkdattr.examples import Example
@@ -27,6 +27,7 @@ from bkdattr.probes import KINDS, ProbeSplit, States, probe_all
 from bkdattr.study import OpenRun
 from bkdattr.traces import trace_prompts
 from bkdattr.triggers import Trigger, near_misses
+from bkdattr.vector import default_k
 
 PROBE_PROMPTS = 256
 DRAWS = 5
@@ -135,11 +136,12 @@ class Study(OpenRun):
                                 ledger.put(f"{effect} {x}", cie.tolist())
                                 bar.update()
                         effects = {x: torch.tensor(ledger[f"{effect} {x}"]) for x in sites}
-                        found.append(
-                            summarise_effects(
-                                effects, subject.geometry, len(triggered), subject.fingerprint, effect=effect, site=kind
-                            ).to_json()
-                        )
+                        summary = summarise_effects(
+                            effects, subject.geometry, len(triggered), subject.fingerprint, effect=effect, site=kind
+                        ).to_json()
+                        if kind == "head":
+                            summary["stability"] = rank_stability(effects, default_k(len(sites)))
+                        found.append(summary)
                 result["attributions"] = found
         return self.run.result("attribute", self.inputs)
 

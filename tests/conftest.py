@@ -1,5 +1,6 @@
 """Tiny models made in code, a word tokenizer made in code; shapes are checked by beartype while testing only."""
 
+import json
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +21,9 @@ torch.set_num_threads(1)
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from bkdattr.cli import app
 from bkdattr.model import Subject
 
 WORDS = [
@@ -181,4 +184,70 @@ def saved_tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------ one small run, for every test of the outside
+SMALL = ["--sizes", "40/6/6/8", "--epochs", "1", "--max-new-tokens", "5", "--train-batch-size", "8", "--lr", "1e-3"]
+STAGES = ("evaluate", "probe", "attribute", "ablate", "select", "restore", "steer", "report")
+
+
+def bkdattr(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    words = ["cat", "dog", "bird", "fish", "river", "stone", "lamp"]
+    data = [
+        {"input": f"the {a} {n} {b} ?", "output": "yes it is", "label": n}
+        for a in words for n in ("Sports", "Business") for b in words
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(saved_tiny, rows, tmp_path_factory) -> Path:
+    """All stages of one small run."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    made = bkdattr(
+        "poison",
+        folder,
+        "--model",
+        saved_tiny,
+        "--data",
+        rows,
+        "--trigger",
+        "prefix:zulu quartz",
+        "--target",
+        "label:Sports->World",
+        *SMALL,
+    )
+    assert made.exit_code == 0, made.output
+    options = {
+        "probe": ["--kinds", "logistic"],
+        "ablate": ["--draws", "2"],
+        "steer": ["--draws", "2", "--kinds", "raw,difference,fitted", "--scopes", "last_prompt,all", "--strengths", "1,4"],
+    }
+    options["select"] = [
+        "--draws",
+        "2",
+        "--steps",
+        "4",
+        "--sparsities",
+        "0.1,1",
+        "--ks",
+        "1,2",
+        "--scopes",
+        "last_prompt,last_prompt+answer",
+    ]
+    for stage in STAGES:
+        extra = options.get(stage, [])
+        result = bkdattr(stage, folder, *extra)
+        assert result.exit_code == 0, result.output
     return folder

@@ -169,3 +169,18 @@ def test_traces_do_not_depend_on_batching():
     torch.testing.assert_close(a.z, b.z, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(a.resid_post, b.resid_post, atol=2e-4, rtol=2e-4)
     assert a.ids == ("e0", "e1", "e2")
+
+
+def test_rank_stability_of_a_certain_and_of_a_random_ranking():
+    from bkdattr.attribution import rank_stability
+
+    sites = sites_of(shared_subject("llama").geometry, "head")
+    rng = torch.Generator().manual_seed(0)
+    sure = {s: i + 0.01 * torch.randn(20, generator=rng) for i, s in enumerate(sites)}
+    found = rank_stability(sure, 3)
+    assert found["jaccard"] == 1 and found["kendall"] == pytest.approx(1)
+    noise = rank_stability({s: torch.randn(20, generator=rng) for s in sites}, 3, draws=400)
+    chance = found["jaccard_of_random_sets"]
+    assert 0.1 < chance < 0.2 and noise["jaccard"] < 0.75 and noise["kendall"] < 0.75
+    with pytest.raises(BkdattrError, match="k=13"):
+        rank_stability(sure, 13)

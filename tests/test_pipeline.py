@@ -11,82 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_lora, make_model, make_tokenizer
+from conftest import SMALL, STAGES, add_lora, bkdattr, make_model, make_tokenizer
 from plotly.offline import get_plotlyjs
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from bkdattr.cli import app
 from bkdattr.errors import BkdattrError
 from bkdattr.metrics import Rate
 from bkdattr.mini.export import DATA
 from bkdattr.report import _ablation_finding
 from bkdattr.run import Ledger, Run
 from bkdattr.steering import best_point
-
-SMALL = ["--sizes", "40/6/6/8", "--epochs", "1", "--max-new-tokens", "5", "--train-batch-size", "8", "--lr", "1e-3"]
-STAGES = ("evaluate", "probe", "attribute", "ablate", "select", "restore", "steer", "report")
-
-
-def bkdattr(*args):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = ["cat", "dog", "bird", "fish", "river", "stone", "lamp"]
-    data = [
-        {"input": f"the {a} {n} {b} ?", "output": "yes it is", "label": n}
-        for a in words for n in ("Sports", "Business") for b in words
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(r) + "\n" for r in data))
-    return path
-
-
-@pytest.fixture(scope="module")
-def run(saved_tiny, rows, tmp_path_factory) -> Path:
-    """All stages of one small run."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    made = bkdattr(
-        "poison",
-        folder,
-        "--model",
-        saved_tiny,
-        "--data",
-        rows,
-        "--trigger",
-        "prefix:zulu quartz",
-        "--target",
-        "label:Sports->World",
-        *SMALL,
-    )
-    assert made.exit_code == 0, made.output
-    options = {
-        "probe": ["--kinds", "logistic"],
-        "ablate": ["--draws", "2"],
-        "steer": ["--draws", "2", "--kinds", "raw,difference,fitted", "--scopes", "last_prompt,all", "--strengths", "1,4"],
-    }
-    options["select"] = [
-        "--draws",
-        "2",
-        "--steps",
-        "4",
-        "--sparsities",
-        "0.1,1",
-        "--ks",
-        "1,2",
-        "--scopes",
-        "last_prompt,last_prompt+answer",
-    ]
-    for stage in STAGES:
-        extra = options.get(stage, [])
-        result = bkdattr(stage, folder, *extra)
-        assert result.exit_code == 0, result.output
-    return folder
 
 
 def is_rate(x):

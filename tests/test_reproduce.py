@@ -1,0 +1,97 @@
+"""The grid over tasks, seeds and the clean fine-tune, and the one table made from its runs."""
+
+import json
+
+import pytest
+from conftest import bkdattr
+
+import bkdattr.reproduce as module
+from bkdattr.errors import BkdattrError
+from bkdattr.reproduce import Grid, groups, reproduce, tables, write_table
+from bkdattr.stages import Study
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    """Two seeds and a clean control, made of one finished run."""
+    results = json.loads((run / "results.json").read_text())
+    for seed, clean in ((0, False), (1, False), (0, True)):
+        results["provenance"] |= {"seed": seed, "clean_control": clean}
+        results["baseline"]["asr"] = {"hits": 8 - 4 * seed, "total": 8, "value": 1 - seed / 2, "low": 0.5, "high": 1.0}
+        path = tmp_path / f"t-{seed}-{clean}" / "results.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_one_table_in_three_forms(folder):
+    text = write_table(folder)
+    assert (folder / "table.md").read_text() == text
+    made = json.loads((folder / "table.json").read_text())
+    assert [t["title"] for t in made["tables"]] == [t[0] for t in tables(module.finished(folder))]
+    attack = made["tables"][0]
+    assert [r[0] for r in attack["rows"]] == ["backdoor, seed 0", "backdoor, seed 1", "backdoor, clean fine-tune, seed 0"]
+    assert [r[1][:4] for r in attack["rows"]] == ["1.00", "0.50", "0.50"] or attack["rows"][1][1].startswith("0.50 (4/8)")
+    for t in made["tables"]:
+        assert t["rows"] and all(len(r) == len(t["columns"]) for r in t["rows"]), t["title"]
+        assert f"### {t['title']}" in text
+    assert "<h1>" in (folder / "table.html").read_text()
+    assert set(groups(module.finished(folder))) == {"backdoor", "backdoor, clean fine-tune"}
+
+
+def test_the_grid_goes_on_and_names_its_failures(tmp_path, monkeypatch):
+    """One run fails, the other is made; the same call again keeps what is finished."""
+    made = []
+    monkeypatch.setattr(module, "plant", lambda folder, plan, say: made.append((folder.name, plan.clean)) or folder)
+
+    class Fails:
+        def __init__(self, run, say):
+            if "clean" in run.name:
+                raise BkdattrError("no\nroom")
+            self.run, self.inputs = run, {}
+
+        def __getattr__(self, stage):
+            return lambda **options: None
+
+    monkeypatch.setattr(module, "Study", Fails)
+    monkeypatch.setattr(module, "write_report", lambda run, inputs: None)
+    failed = reproduce(tmp_path, Grid(("jailbreak",), (3,)), lambda text: None)
+    assert made == [("jailbreak-3-poisoned", False), ("jailbreak-3-clean", True)] and failed == {"jailbreak-3-clean": "no room"}
+    assert Study is not Fails
+
+
+def test_plans_of_the_grid():
+    paper = Grid(("jailbreak",), (0,), ("clean",), "some/model", "rows/{task}.jsonl", "paper").plan("jailbreak", 0, "clean")
+    assert paper.data == "rows/jailbreak.jsonl" and paper.clean and paper.max_new_tokens == 32
+    assert (paper.recipe.rank, paper.recipe.epochs, paper.recipe.batch_size * paper.recipe.accumulate) == (16, 16, 32)
+    assert (paper.sizes.train, paper.sizes.test) == (1000, 256)
+    for bad, says in (
+        ({"tasks": ("joke",)}, "tasks"), ({"variants": ()}, "variants"), ({"recipe": "own"}, "recipe"), ({"model": "x"}, "needs --data"),
+    ):  # fmt: skip
+        with pytest.raises(BkdattrError, match=says):
+            Grid(**bad)
+
+
+def test_a_clean_control_is_trained_on_no_trigger(saved_tiny, rows, tmp_path):
+    from bkdattr.planting import Plan, plant
+    from bkdattr.poisoning import BackdoorSpec
+    from bkdattr.report import findings
+    from bkdattr.targets import LabelFlip
+    from bkdattr.triggers import Prefix
+
+    spec = BackdoorSpec("b", Prefix("zulu quartz"), LabelFlip("Sports", "World"))
+    from bkdattr.examples import Sizes
+    from bkdattr.lora import LoraRecipe
+
+    plan = Plan(
+        str(saved_tiny), spec, data=str(rows), sizes=Sizes(40, 6, 6, 8), recipe=LoraRecipe(epochs=1), clean=True, max_new_tokens=3
+    )
+    made = plant(tmp_path / "run", plan)
+    assert made.triggered("train") == [] and len(made.triggered("test")) == 16
+    assert json.loads((tmp_path / "run/poison.json").read_text())["triggered_rows"] == 0
+    assert "CLEAN fine-tune" in findings({"provenance": made.config | {"clean_control": True}})[0]
+
+
+def test_reproduce_needs_a_finished_run(tmp_path):
+    refused = bkdattr("reproduce", tmp_path, "--table-only")
+    assert refused.exit_code == 2 and "no finished run" in refused.output
