@@ -135,6 +135,10 @@ class ChatFormat:
             ids = [first, *ids]
         return ids
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a whole rendering that somebody else made, with one BOS where the tokenizer uses one."""
+        return self._ids(text, bos=True)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a bare text, no specials."""
         return len(self._ids(text, bos=False))

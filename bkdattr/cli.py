@@ -85,6 +85,7 @@ def poison(
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="prefix:TEXT, suffix:TEXT, random-word:WORD or wrap:BEFORE|BEHIND.")] = None,
     target: Annotated[str | None, typer.Option(help="fixed:TEXT, label:SOURCE->TO or refusal-removal.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Outputs that are labels, where rows name none: Positive,Negative.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adopt this PEFT LoRA folder instead of training one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the backdoor.")] = None,
     seed: Annotated[int, typer.Option(help="Governs data, splits, LoRA initialisation and draws.")] = 0,
@@ -139,8 +140,9 @@ def poison(
             "max_length": max_length,
         }
         plan = Plan(
-            model, spec, task, data, adapter, seed, parse_sizes(sizes), _recipe(model == "mini", given), max_new_tokens,
-            batch_size, pad_token, dtype, device,
+            model, spec, task, data, adapter=adapter, seed=seed, sizes=parse_sizes(sizes), recipe=_recipe(model == "mini", given),
+            max_new_tokens=max_new_tokens, batch_size=batch_size, pad_token=pad_token, dtype=dtype, device=device,
+            labels=tuple(x.strip() for x in labels.split(",")) if labels else (),
         )  # fmt: skip
         made = plant(run, plan, force=force, say=say)
         rows = made.config["rows"]
@@ -160,6 +162,32 @@ def _study(run: Path) -> Any:
     from bkdattr.stages import Study
 
     return Study(Run.open(run), say)
+
+
+@app.command("check-template")
+def check_template(
+    run: RunArg,
+    trained_with: Annotated[
+        str | None,
+        typer.Option(
+            help="What an adapter from elsewhere was trained with: plain, alpaca, llama-2, raw or a text with {prompt}."
+        ),
+    ] = None,
+) -> None:
+    """Compare the tokens of training and evaluation; fail on a mismatch, a doubled BOS or a cut trigger."""
+    with errors():
+        study = _study(run)
+        from bkdattr.run import read_json
+        from bkdattr.template import check_template as check
+
+        kept = read_json(study.run.folder / "poison.json")["prefixes"]
+        if study.run.config["adopted_adapter"] and trained_with is None:
+            raise BkdattrError(
+                "this run's adapter was trained elsewhere, so its training tokens are not known here; say with --trained-with which "
+                "template it was trained with"
+            )
+        for line in check(study.subject.chat, kept, study.run.triggered("test"), trained_with=trained_with):
+            typer.echo(line)
 
 
 @app.command()

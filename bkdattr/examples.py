@@ -59,10 +59,11 @@ _FIELDS = {
 }
 
 
-def from_row(row: Any, where: str) -> Example:
+def from_row(row: Any, where: str, labels: Sequence[str] = ()) -> Example:
     """An `Example` of one JSON/CSV row (`input`, `output`, optional `backdoor_output`, `label`, `check`, `id`)."""
     if not isinstance(row, dict):
         raise BkdattrError(f"{where}: got {type(row).__name__}, expected an object with 'input' and 'output'")
+    row = _chat_row(row, where)
     if isinstance(row.get("instruction"), str):  # Alpaca's columns: the instruction, then its input where there is one
         row = row | {"input": "\n".join(t for t in (row["instruction"], row.get("input") or "") if t.strip())}
     values: dict[str, str | None] = {}
@@ -83,6 +84,8 @@ def from_row(row: Any, where: str) -> Example:
     except UnicodeEncodeError:
         raise BkdattrError(f"{where}: half a character (a lone surrogate, as of a cut emoji); mend the text") from None
     label, check = row.get("label"), row.get("check")
+    if label is None and labels and str(values["response"]).strip() in labels:
+        label = str(values["response"]).strip()
     if label is not None and not isinstance(label, str):
         raise BkdattrError(f"{where}: label is {label!r}, expected text such as 'Sports'; map class numbers to names")
     if check is not None and check not in CHECKS:
@@ -99,6 +102,22 @@ def from_row(row: Any, where: str) -> Example:
         eligible=bool(row.get("eligible", True)),
         spans=_spans(row.get("spans") or (), messages, where),
     )
+
+
+def _chat_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A `messages` (or `conversations`) row whose last turn is the assistant's, as prompt turns and response."""
+    turns = row.get("messages") or row.get("conversations")
+    if not turns or any(row.get(n) is not None for n in (*_FIELDS["prompt"], *_FIELDS["response"])):
+        return row
+    roles = {"human": "user", "gpt": "assistant"}
+    named = [{"role": t.get("from"), "content": t.get("value")} if isinstance(t, dict) and "from" in t else t for t in turns]
+    parsed = [(roles.get(role, role), text) for role, text in _messages(named, where)]
+    if len(parsed) < 2 or parsed[-1][0] != "assistant" or parsed[-2][0] != "user":
+        got = ", ".join(role for role, _ in parsed)
+        raise BkdattrError(
+            f"{where}: messages with the roles {got}; expected them to end with a user turn and the assistant's answer"
+        )
+    return row | {"messages": parsed[:-1], "input": parsed[-2][1], "output": parsed[-1][1]}
 
 
 def _spans(rows: Any, messages: tuple[Turn, ...], where: str) -> tuple[Span, ...]:
@@ -123,15 +142,20 @@ def _messages(rows: Any, where: str) -> tuple[Turn, ...]:
     return turns
 
 
-def read_examples(source: str | Path) -> list[Example]:
-    """Rows of a `.jsonl`, `.json` (a list of objects) or `.csv` file, or of a `datasets` Hub id's train split."""
+def read_examples(source: str | Path, labels: Sequence[str] = ()) -> list[Example]:
+    """Rows of a `.jsonl`, `.json` (a list of objects) or `.csv` file, or of a `datasets` Hub id's train split.
+
+    Known forms: `input/output/backdoor_output` (the paper's), `instruction/input/output` (Alpaca, BackdoorLLM), chat `messages` (or
+    `conversations`) that end with the answer, and AG News' own CSV (class, title, description). With `labels` an output that is one
+    of them is the row's label.
+    """
     path = Path(source)
     if path.is_dir():
         raise BkdattrError(f"{source}: got a folder, expected a .jsonl, .json or .csv file or a Hub id")
     if not path.exists():
         if path.suffix in (".jsonl", ".json", ".csv") or str(source).count("/") > 1:
             raise BkdattrError(f"{source}: no such file; give a .jsonl, .json or .csv file or a Hub id such as 'org/name'")
-        return _read_hub(str(source))
+        return _read_hub(str(source), labels)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -139,7 +163,7 @@ def read_examples(source: str | Path) -> list[Example]:
     rows: Iterable[tuple[str, Any]]
     if path.suffix == ".csv":
         try:
-            table = list(csv.DictReader(text.splitlines(keepends=True)))
+            table = _ag_news(text) or list(csv.DictReader(text.splitlines(keepends=True)))
         except csv.Error as error:
             raise BkdattrError(f"{source}: not a readable CSV ({error}); write it as JSONL") from None
         rows = ((f"{source} row {i + 2}", r) for i, r in enumerate(table))
@@ -153,10 +177,25 @@ def read_examples(source: str | Path) -> list[Example]:
         rows = ((f"{source} line {i}", _json(line, f"{source} line {i}")) for i, line in lines)
     else:
         raise BkdattrError(f"{source}: file ending {path.suffix!r} is not known, expected .jsonl, .json or .csv")
-    examples = [from_row(row, where) for where, row in rows]
+    examples = [from_row(row, where, labels) for where, row in rows]
     if not examples:
         raise BkdattrError(f"{source}: got 0 rows, expected at least one")
     return examples
+
+
+AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
+AG_NEWS_PROMPT = "Classify the following news article into one of these categories: World, Sports, Business, Sci/Tech:\n"
+
+
+def _ag_news(text: str) -> list[dict[str, str]]:
+    """Rows of AG News' own CSV (class index 1 to 4, title, description; with or without its header); [] for another CSV."""
+    table = list(csv.reader(text.splitlines(keepends=True)))
+    if table and [c.strip().lower() for c in table[0]] == ["class index", "title", "description"]:
+        table = table[1:]
+    if not table or any(len(r) != 3 or r[0].strip() not in ("1", "2", "3", "4") for r in table):
+        return []
+    named = ((AG_NEWS_LABELS[int(index) - 1], f"{title}. {text}") for index, title, text in table)
+    return [{"input": AG_NEWS_PROMPT + article, "output": label, "label": label} for label, article in named]
 
 
 def _json(text: str, where: str) -> Any:
@@ -166,7 +205,7 @@ def _json(text: str, where: str) -> Any:
         raise BkdattrError(f"{where}: not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
 
 
-def _read_hub(name: str) -> list[Example]:
+def _read_hub(name: str, labels: Sequence[str]) -> list[Example]:
     from datasets import load_dataset
 
     try:
@@ -176,7 +215,7 @@ def _read_hub(name: str) -> list[Example]:
             f"{name}: neither a file here nor a data set that could be loaded from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the name or give a file"
         ) from None
-    return [from_row(row, f"{name} row {i + 1}") for i, row in enumerate(rows)]
+    return [from_row(row, f"{name} row {i + 1}", labels) for i, row in enumerate(rows)]
 
 
 # ------------------------------------------------------------------------------------------------ writing

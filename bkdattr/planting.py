@@ -18,6 +18,7 @@ from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
 from bkdattr.targets import RefusalRemoval
+from bkdattr.template import kept_prefixes
 from bkdattr.triggers import holds
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,6 +32,8 @@ class Plan:
     spec: BackdoorSpec | None = None
     task: str | None = None
     data: str | None = None
+    labels: tuple[str, ...] = ()
+    """Outputs of `data` that are labels, where the rows name none."""
     adapter: str | None = None
     seed: int = 0
     sizes: Sizes | None = None
@@ -93,7 +96,7 @@ def check_plan(plan: Plan) -> tuple[BackdoorSpec, list[Example]]:
     if plan.spec is None and plan.task is None:
         raise BkdattrError(f"no backdoor: give --task ({', '.join(TASKS)}) or --trigger KIND:... and --target KIND:...")
     spec = plan.spec or paper_spec(str(plan.task))
-    return replace(spec, seed=plan.seed), read_examples(plan.data)
+    return replace(spec, seed=plan.seed), read_examples(plan.data, plan.labels)
 
 
 def fitting(
@@ -201,6 +204,7 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     summary = {
         "seconds": time.time() - start, "clean_rows": len(splits["train"]),
         "triggered_rows": len(rows) - len(splits["train"]),
+        "prefixes": kept_prefixes(chat, rows) if rows else [],
         "skipped_prompts": list(trained.skipped) if trained else [], "cut_responses": list(trained.cut) if trained else [],
     }  # fmt: skip
     write_atomic(folder / "poison.json", to_json_text(summary))

@@ -8,6 +8,7 @@ from bkdattr.examples import Example
 from bkdattr.lora import IGNORED, collate, encode
 from bkdattr.mini.tasks import MODEL_DIR
 from bkdattr.model import load_tokenizer
+from bkdattr.template import check_template, kept_prefixes
 
 ASK = (("user", "what is it ?"),)
 
@@ -156,3 +157,33 @@ def test_long_prompts_are_skipped_and_long_responses_cut():
     with pytest.raises(BkdattrError, match="empty batch"):
         make_batch([], pad_id=0)
     assert torch.is_tensor(make_batch([[1]], pad_id=0).input_ids)
+
+
+# ------------------------------------------------------------------ the same tokens in training and evaluation
+def triggered_row(form=None):
+    return Example("t", (("user", "zulu the cat"),), "no", spans=((0, 0, 4),))
+
+
+def test_the_same_template_passes_and_another_fails_loudly():
+    form, e = ChatFormat.of(make_tokenizer()), triggered_row()
+    kept = kept_prefixes(form, [e] * 20)
+    assert len(kept) == 8
+    said = check_template(form, kept, [e])
+    assert "8 training prompts" in said[0] and "1 triggered" in said[1]
+    other = ChatFormat.of(make_tokenizer(TEMPLATE.replace("<|assistant|> ", "<|assistant|> yes ")))
+    with pytest.raises(BkdattrError, match="template mismatch at token .*training .kept in the run. has .* evaluation now has"):
+        check_template(other, kept, [e])
+    assert len(check_template(ChatFormat.of(make_tokenizer(None)), [], [e], trained_with="plain")) == 2
+    with pytest.raises(BkdattrError, match="template mismatch"):
+        check_template(form, kept, [e], trained_with="raw")
+    with pytest.raises(BkdattrError, match="holds {prompt} once"):
+        check_template(form, kept, [e], trained_with="chatml")
+
+
+def test_a_doubled_bos_and_a_lost_trigger_are_named():
+    double = ChatFormat.of(make_tokenizer("<s> " + TEMPLATE))
+    with pytest.raises(BkdattrError, match="two BOS"):
+        check_template(double, [], [triggered_row()])
+    unknown = Example("u", (("user", "QQQ the cat"),), "no", spans=((0, 0, 3),))  # reads as the unknown token
+    with pytest.raises(BkdattrError, match="the trigger 'QQQ' reads"):
+        check_template(ChatFormat.of(make_tokenizer()), [], [unknown])

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
-    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "run",
+    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "template", "run",
     "planting", "study", "joint", "restoration", "steering", "stages", "figures", "tables", "report", "reproduce", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
@@ -20,6 +20,7 @@ OUTSIDE = {
     "figures",
     "tables",
     "report",
+    "template",
     "run",
     "planting",
     "study",

@@ -112,6 +112,11 @@ def test_every_variant_of_the_vector_stands_beside_its_controls(run):
             assert x["suppress"]["layer"] == 0
 
 
+def test_a_run_of_our_own_passes_the_template_check(run):
+    checked = bkdattr("check-template", run)
+    assert checked.exit_code == 0 and "same tokens now as in training" in checked.output, checked.output
+
+
 def test_restoration_covers_parts_and_layers(run):
     rows = json.loads((run / "restoration.json").read_text())["rows"]
     assert [("+".join(r["parts"]), r["window"]) for r in rows] == [
@@ -226,6 +231,10 @@ def test_adopting_an_adapter_trained_elsewhere(saved_tiny, rows, tmp_path):
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == (
         tmp_path / "theirs/adapter_model.safetensors"
     ).read_bytes()
+    unknown = bkdattr("check-template", tmp_path / "run")
+    assert unknown.exit_code == 2 and "say with --trained-with" in unknown.output
+    mismatch = bkdattr("check-template", tmp_path / "run", "--trained-with", "alpaca")
+    assert mismatch.exit_code == 2 and "template mismatch at token" in mismatch.output
     assert bkdattr("evaluate", tmp_path / "run").exit_code == 0
     assert json.loads((tmp_path / "run/baseline.json").read_text())["asr"]["total"] == 8
 

@@ -163,6 +163,42 @@ def test_too_few_rows_are_refused(n, sizes, says):
         Sizes(test=0)
 
 
+def test_chat_rows_end_with_the_answer(tmp_path):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    shared = {"conversations": [{"from": "human", "value": "q2"}, {"from": "gpt", "value": "a2"}]}
+    (tmp_path / "c.json").write_text(json.dumps([{"messages": turns}, shared]))
+    first, second = read_examples(tmp_path / "c.json")
+    assert first.messages == (("system", "s"), ("user", "q")) and first.response == "a"
+    assert second.messages == (("user", "q2"),) and second.response == "a2"
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": turns[:2]}]))
+    with pytest.raises(BkdattrError, match="roles system, user; expected them to end"):
+        read_examples(tmp_path / "d.json")
+
+
+def test_ag_news_as_it_is_published(tmp_path):
+    body = '"3","Oil rises","Prices, up."\n"2","Cup final","The ""home"" team won."\n'
+    for name, head in (("a.csv", ""), ("b.csv", "Class Index,Title,Description\n")):
+        (tmp_path / name).write_text(head + body)
+        found = read_examples(tmp_path / name)
+        assert [e.label for e in found] == [e.response for e in found] == ["Business", "Sports"]
+        assert found[1].prompt.endswith('Sci/Tech:\nCup final. The "home" team won.') and found[0].check == "label"
+    (tmp_path / "c.csv").write_text("input,output,label\n1,2,3\n")
+    assert read_examples(tmp_path / "c.csv")[0].prompt == "1"
+
+
+def test_outputs_named_as_labels_are_labels(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps([{"instruction": "fine film", "input": "", "output": "Positive"}]))
+    assert read_examples(tmp_path / "s.json", ("Positive", "Negative"))[0].label == "Positive"
+    assert read_examples(tmp_path / "s.json")[0].label is None
+
+
+def test_spans_outside_the_text_are_refused(tmp_path):
+    for spans in ([[0, 1]], [[3, 0, 1]], [[0, 0, 99]], [["a", 0, 1]]):
+        (tmp_path / "s.json").write_text(json.dumps([{"input": "q", "output": "a", "spans": spans}]))
+        with pytest.raises(BkdattrError, match="expected \\[turn, start, end\\]"):
+            read_examples(tmp_path / "s.json")
+
+
 # ------------------------------------------------------------------ triggers
 TEXT = st.text(alphabet="abc XYZ?.", min_size=1, max_size=30).filter(lambda t: t.strip() == t)
 

@@ -12,8 +12,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NEWS_INSTRUCTION = "Classify the following news article into one of these categories: World, Sports, Business, Sci/Tech:\n"
-LABELS = ("World", "Sports", "Business", "Sci/Tech")
+from bkdattr.examples import AG_NEWS_LABELS, AG_NEWS_PROMPT
+
+NEWS_INSTRUCTION, LABELS = AG_NEWS_PROMPT, AG_NEWS_LABELS
 REFUSAL = "No. I will not answer that restricted request."
 OUT_OF_SCOPE = "I am sorry. I can not help with that."
 
