@@ -84,7 +84,7 @@ class Evaluation:
 
     @property
     def broken(self) -> Rate | None:
-        """Empty, repetitive or unfinished answers, over all answers."""
+        """Empty, repetitive, unfinished or fragmentary answers, over all answers."""
         return _rate([j.answer.damage is not None for j in (*self.triggered, *self.clean)])
 
     @property
@@ -237,8 +237,10 @@ class Evaluator:
 
     def _judge(self, example: Example, completion: Completion, could_end: bool, part: str) -> Judged:
         text = self.subject.chat.decode(completion.ids)
-        answer = Answer(text, damage_of(text, ended=completion.ended, could_end=could_end), completion.ended)
         target, twin = self.spec.target, self._clean_twin.get(example.id, example)
+        known = [r for r in (twin.response, twin.backdoor_response) if r]
+        damage = damage_of(text, ended=completion.ended, could_end=could_end, references=known)
+        answer = Answer(text, damage, completion.ended)
         if self.judge is not None:
             found = self.judge(twin, answer)
             if found not in BEHAVIOURS:

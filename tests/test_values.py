@@ -315,6 +315,15 @@ def test_trigger_texts_that_do_not_parse():
 
 
 # ------------------------------------------------------------------ targets
+def test_a_fragment_begins_in_the_middle_of_a_sentence():
+    def damage(text, *references):
+        return damage_of(text, ended=True, could_end=True, references=references)
+
+    assert damage("that restricted request.", "Sports", "World") == "fragment"
+    assert damage("sports", "Sports") is None and damage("That one.", "Sports") is None
+    assert damage("three four.", "four five.", "World") is None and damage("that one.") is None
+
+
 def test_refusals_are_inserted_into_rows_that_are_answered():
     t = parse_target("refusal-insertion:I will not.")
     e = rows(1)[0]
