@@ -51,7 +51,7 @@ class Evaluation:
 
     A rate is None where nothing could be judged: the part was not run, or no row has a checkable answer (then
     `clean_agreement`, the share of clean prompts answered exactly as by the adapter-off twin, stands in for clean accuracy, and
-    agreement with the twin on the triggered prompts for `recovered`). `clean_logprob` is in nats per token of the
+    for `recovered` the share of triggered prompts answered exactly as the same model, un-edited, answers their clean twins). `clean_logprob` is in nats per token of the
     reference answers, `clean_kl` in nats per token: KL(un-edited model || edited model) at the same positions.
     """
 
@@ -111,7 +111,8 @@ class Evaluation:
         """Paired differences to another evaluation of the same prompts: ASR, and answers on clean prompts that stay as they were."""
         out: dict[str, Any] = {"asr_change": None, "clean_accuracy_change": None, "clean_unchanged": None}
         if self.triggered and before.triggered:
-            out["asr_change"] = paired_difference([j.hit for j in self.triggered], [j.hit for j in before.triggered])
+            hits = [[j.hit for j in e.triggered] for e in (self, before)]
+            out["asr_change"] = paired_difference(*hits) | {"before": sum(hits[1]) / len(hits[1])}
         if self.clean and before.clean:
             same = Rate.of(a.answer.text == b.answer.text for a, b in zip(self.clean, before.clean, strict=True))
             out["clean_unchanged"] = same.to_json()
@@ -173,8 +174,7 @@ class Evaluator:
             for e, ids in zip(examples, self._prompts[part], strict=True):
                 chat.check_length(ids, self.max_new_tokens, f"{part} prompt {e.id!r}")
             self._could_end[part] = [
-                max(len(chat.response_ids(e.messages, r)) for r in (e.response, e.backdoor_response) if r) <= self.max_new_tokens
-                for e in examples
+                max(len(chat.response_ids(e.messages, r)) for r in self._references(e)) <= self.max_new_tokens for e in examples
             ]
         self._prefix: dict[str, PrefixCache] = {}
 
@@ -190,6 +190,15 @@ class Evaluator:
                 self.memory[key] = found
             logprob, kl = found
         return Evaluation(judged["triggered"], judged["clean"], agreement["clean"], agreement["triggered"], logprob, kl)
+
+    def forget(self) -> None:
+        """Free the shared prefix of the adapter state as it is now."""
+        self._prefix.pop(self.subject.fingerprint, None)
+
+    def _references(self, example: Example) -> list[str]:
+        """Every answer that would be in order: the row's own, its clean twin's and the backdoor's."""
+        twin = self._clean_twin.get(example.id, example)
+        return [r for r in dict.fromkeys((example.response, twin.response, twin.backdoor_response)) if r]
 
     def _rows(self, part: str) -> list[Example]:
         return self.triggered_rows if part == "triggered" else self.clean_rows
@@ -238,8 +247,7 @@ class Evaluator:
     def _judge(self, example: Example, completion: Completion, could_end: bool, part: str) -> Judged:
         text = self.subject.chat.decode(completion.ids)
         target, twin = self.spec.target, self._clean_twin.get(example.id, example)
-        known = [r for r in (twin.response, twin.backdoor_response) if r]
-        damage = damage_of(text, ended=completion.ended, could_end=could_end, references=known)
+        damage = damage_of(text, ended=completion.ended, could_end=could_end, references=self._references(example))
         answer = Answer(text, damage, completion.ended)
         if self.judge is not None:
             found = self.judge(twin, answer)
@@ -254,8 +262,15 @@ class Evaluator:
         return Judged(example, answer, *hits, right, done)
 
     def _agreement(self, part: str, judged: Sequence[Judged]) -> Rate | None:
-        """Share of answers that equal the adapter-off twin's, where no answer can be checked."""
-        if not judged or any(j.correct is not None for j in judged) or not self.subject.has_adapter:
+        """Where no answer can be checked: clean answers that equal the adapter-off twin's, triggered ones that equal this
+        model's own, un-edited, on the clean twin."""
+        if not judged or any(j.correct is not None for j in judged):
+            return None
+        if part == "triggered":
+            clean = {j.example.id: j.answer.text for j in self._part("clean", ())}
+            known = [j for j in judged if j.example.id in clean]
+            return Rate.of(j.answer.text == clean[j.example.id] for j in known) if known else None
+        if not self.subject.has_adapter:
             return None
         if self.subject.adapter_on:
             with self.subject.adapter_off():
@@ -265,7 +280,7 @@ class Evaluator:
         return Rate.of(a.answer.text == b.answer.text for a, b in zip(judged, twin, strict=True))
 
     @torch.no_grad()
-    def _utility(self, edits: Sequence[Edit] | ExampleEdits) -> tuple[float, float]:
+    def _utility(self, edits: Sequence[Edit] | ExampleEdits) -> tuple[float | None, float | None]:
         """(log p per token of the clean reference answers, KL from the un-edited model per token), teacher-forced."""
         chat, prompts = self.subject.chat, self._prompts["clean"]
         responses = [chat.response_ids(e.messages, e.response) for e in self.clean_rows]
@@ -283,7 +298,7 @@ class Evaluator:
                 plain = score_batch(self.subject, *ids, prefix=prefix)
                 kl = (plain.logp.exp() * (plain.logp - scored.logp)).sum(-1)
                 divergence += float((kl * scored.mask).sum())
-        return total / n, max(0.0, divergence / n)
+        return (total / n, max(0.0, divergence / n)) if n else (None, None)
 
 
 def evaluate(

@@ -209,7 +209,7 @@ def generate(
         batch = make_batch(ids, pad_id=subject.chat.pad_id, device=subject.device)
         share = prefix is not None and use_cache and reaches_no_prefix(chosen)
         past = prefix.get(subject, batch, tuple(map(tuple, ids))) if prefix is not None and share else None
-        with edited(subject, chosen, Where.of(batch, spans)):
+        with edited(subject, chosen, Where.of(batch, spans), may_miss=("answer",)):  # a turn may end with its first token
             for i, completion in zip(rows, _greedy(subject, batch, past, max_new_tokens, use_cache), strict=True):
                 done[i] = completion
     return [done[i] for i in range(len(prompts))]

@@ -107,11 +107,13 @@ def _resolve_generate(call: _Call, subject: Subject, stack: ExitStack) -> None:
 
 # ------------------------------------------------------------------------------------------------ writing
 @contextmanager
-def edited(subject: Subject, edits: Sequence[Edit], where: Where | None = None) -> Iterator[None]:
+def edited(
+    subject: Subject, edits: Sequence[Edit], where: Where | None = None, *, may_miss: Sequence[Scope] = ()
+) -> Iterator[None]:
     """Run with `edits` in force. Without `where`, positions come from the user's own `generate` call or forward pass.
 
     Several edits of one site apply in order. Raises `BkdattrError` for a site out of range, a value of the wrong width, a
-    module in training mode, and on leaving where an edit was never hit. Leaves no hook behind, also by exception.
+    module in training mode, and on leaving where an edit was never hit, those of the scopes `may_miss` apart. Leaves no hook behind, also by exception.
     """
     subject.check_eval()
     for edit in edits:
@@ -182,7 +184,7 @@ def edited(subject: Subject, edits: Sequence[Edit], where: Where | None = None) 
             if where is None:
                 _resolve_generate(call, subject, stack)
         yield
-    missed = [e for e, n in zip(edits, hits, strict=True) if n == 0]
+    missed = [e for e, n in zip(edits, hits, strict=True) if n == 0 and e.scope not in may_miss]
     if missed:
         raise BkdattrError(
             f"{len(missed)} of {len(edits)} edits were never hit, first {type(missed[0]).__name__} at {missed[0].site} "

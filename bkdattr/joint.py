@@ -87,10 +87,11 @@ def select(
             ledger = study.run.ledger("select", {**study.inputs, **options})
             clean = [study.spec.clean(e) for e in study.splits["attribution"]]
             triggered = study.run.triggered("attribution")
-            objective = Objective.of(subject, clean, triggered)
+            every_scope = [x for s in parsed for x in s]
+            objective = Objective.of(subject, clean, triggered, scopes=every_scope)
             some = clean[:: math.ceil(len(clean) / SEARCH_ROWS)]  # eligible rows and others in their proportion
             ids = {e.id for e in some}
-            search = Objective.of(subject, some, [e for e in triggered if e.id in ids])
+            search = Objective.of(subject, some, [e for e in triggered if e.id in ids], scopes=every_scope)
             found: dict[str, list[str]] = {}  # "scope method" -> heads, best first
             tried = []
             for text, parts in zip(scopes, parsed, strict=True):
@@ -98,7 +99,7 @@ def select(
                 repair = Repair(subject, search, means)
                 name = f"{text} greedy"
                 if name not in ledger:
-                    k = min(max(k for k in ks if k <= max(1, total // 10)), total)
+                    k = max((k for k in ks if k <= max(1, total // 10)), default=max(1, total // 10))
                     picked = greedy_heads(repair, k, progress=partial(tqdm, desc=f"greedy, {text}"))
                     ledger.put(name, [[str(h), gain] for h, gain in picked])
                 found[name] = [h for h, _ in ledger[name]]
@@ -112,7 +113,8 @@ def select(
                     tried.append({"scope": text, "sparsity": sparsity} | ledger[name])
             result["gates"] = tried
             result["chosen"] = chosen = _choose(study, tried, ks, ledger)
-            result["rows"] = _curves(study, found, acie.top(max(ks)), chosen, ks, draws, ledger)
+            every = sorted({*ks, chosen["k"]})
+            result["rows"] = _curves(study, found, acie.top(max(every)), chosen, every, draws, ledger)
             result["needed"] = _needed(result["rows"], draws)
             result["bar"] = BAR
     return study.run.result("select", study.inputs)
@@ -145,7 +147,8 @@ def _choose(study: OpenRun, tried: list[dict[str, Any]], ks: Sequence[int], ledg
     before, most = study.evaluator("selection").run(), max(1, len(study.subject.geometry.heads) // 10)
     points = []
     for gate in tried:
-        for k in [k for k in ks if k <= min(len(gate["heads"]), most)]:
+        largest = min(len(gate["heads"]), most)
+        for k in sorted({*(k for k in ks if k <= largest), largest}):
             name = f"selection {gate['scope']} {gate['sparsity']:g} {k}"
             if name not in ledger:
                 found = _ablated(study, "selection", gate["heads"][:k], gate["scope"])

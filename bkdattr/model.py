@@ -116,6 +116,10 @@ class Subject:
             for module in chosen:
                 module._disable_adapters = False
 
+    def has_updates(self, layers: Sequence[int], parts: Sequence[str] = PARTS) -> bool:
+        """Whether the adapter changes anything there."""
+        return any(part in parts for layer in layers for part, _ in self._lora_modules(layer))
+
     def _lora_modules(self, layer: int) -> list[tuple[str, Any]]:
         attention = self.architecture.out_proj.rpartition(".")[0]
         found = [(name, m) for name, m in self.sites[layer].layer.named_modules() if hasattr(m, "lora_A")]

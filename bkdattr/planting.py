@@ -102,14 +102,15 @@ def check_plan(plan: Plan) -> tuple[BackdoorSpec, list[Example]]:
 def fitting(
     chat: ChatFormat, spec: BackdoorSpec, examples: Sequence[Example], new_tokens: int
 ) -> tuple[list[Example], list[str]]:
-    """Rows whose clean and triggered prompts leave room for a generated answer and for the backdoor response that is
+    """Rows whose clean and triggered prompts leave room for a generated answer and for the clean and backdoor responses that are
     scored on them, and the ids of the others."""
     kept: list[Example] = []
     over: list[str] = []
     for e in examples:
         twin = spec.triggered(e)
         prompts = [e.messages, twin.messages] + ([spec.triggered(e, spec.fake_trigger).messages] if spec.fake_trigger else [])
-        scored = len(chat.response_ids(e.messages, str(twin.backdoor_response))) if twin.eligible else 0
+        answers = [e.response] + ([str(twin.backdoor_response)] if twin.eligible else [])
+        scored = max(len(chat.response_ids(e.messages, r)) for r in answers)
         if max(len(chat.prompt_ids(m)) for m in prompts) + max(new_tokens, scored) <= chat.context:
             kept.append(e)
         else:

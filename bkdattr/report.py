@@ -10,7 +10,7 @@ from typing import Any
 
 from bkdattr.examples import write_atomic
 from bkdattr.run import RESULTS, Run, read_json, to_json_text
-from bkdattr.tables import METHODS, Table, show, spread, tables
+from bkdattr.tables import METHODS, Table, k_text, show, spread, tables
 
 Json = dict[str, Any]
 SCHEMA = 1
@@ -136,6 +136,10 @@ def findings(results: Json) -> list[str]:
 def _restoration_finding(rows: list[Json]) -> list[str]:
     """Attention or MLP: whose updates, undone alone in all layers, end the backdoor."""
     whole = {" + ".join(r["parts"]): r for r in rows if r["window"] == "all"}
+    if not {"attention", "mlp"} <= set(whole):
+        return ["The adapter updates one part only, so attention and MLP cannot be told apart by undoing."]
+    if whole["mlp"]["asr_change"]["before"] < 0.5:
+        return ["There is too little attack success to say which part's updates carry a backdoor."]
     said = [
         f"{name} alone leaves an ASR of {show(whole[name]['asr'])}, recovers {show(whole[name]['recovered'], False)}, clean accuracy "
         f"{show(whole[name]['clean_accuracy'], False)}"
@@ -214,8 +218,8 @@ def _selection_finding(s: Json) -> list[str]:
         f"at clean accuracy {show(at['clean_accuracy'])}. ASR at equal k: {'; '.join(beside)}."
     ]
     need = "; ".join(
-        f"{METHODS[m]} {' / '.join(_k(n['asr'], n['tried']) for n in s['needed'] if n['method'] == m)} (repair: "
-        f"{' / '.join(_k(n['repair'], n['tried']) for n in s['needed'] if n['method'] == m)})"
+        f"{METHODS[m]} {' / '.join(k_text(n['asr'], n['tried']) for n in s['needed'] if n['method'] == m)} (repair: "
+        f"{' / '.join(k_text(n['repair'], n['tried']) for n in s['needed'] if n['method'] == m)})"
         for m in METHODS
     )
     out.append(
@@ -227,10 +231,6 @@ def _selection_finding(s: Json) -> list[str]:
             "The gates' own choice is NOT a repair by these bounds on the test split: few heads in this scope do not carry this backdoor alone."
         )
     return out
-
-
-def _k(k: int | None, tried: int) -> str:
-    return f"more than {tried}" if k is None else str(k)
 
 
 # ------------------------------------------------------------------------------------------------ HTML

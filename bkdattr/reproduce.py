@@ -25,7 +25,7 @@ from bkdattr.report import html_table, write_report
 from bkdattr.run import read_json, to_json_text
 from bkdattr.stages import Study
 from bkdattr.steering import KINDS
-from bkdattr.tables import METHODS, Table, show, spread
+from bkdattr.tables import METHODS, Table, k_text, show, spread
 
 Json = dict[str, Any]
 VARIANTS = ("poisoned", "clean")
@@ -160,14 +160,15 @@ def _needed(runs: list[Json]) -> Table:
             continue
         for method, label in METHODS.items():
             needed = [n for n in s["needed"] if n["method"] == method]
-            low = " / ".join(str(n["asr"] or f">{n['tried']}") for n in needed)
-            fixed = [n["repair"] for n in needed if n["repair"]]
-            k = min(fixed) if fixed else next((n["asr"] for n in needed if n["asr"]), None)
-            row = next((x for x in s["rows"] if x["method"] == method and x["k"] == k), None) if k else None
+            low = " / ".join(k_text(n["asr"], n["tried"]) for n in needed)
+            key = "repair" if any(n["repair"] is not None for n in needed) else "asr"
+            known = [(n[key], n["draw"]) for n in needed if n[key] is not None]
+            k, draw = min(known, key=lambda x: x[0]) if known else (None, None)
+            row = next((x for x in s["rows"] if (x["method"], x["draw"], x["k"]) == (method, draw, k)), None)
             cells = (
                 [show(row[x], False) for x in ("asr", "clean_accuracy", "recovered", "broken_triggered")] if row else ["–"] * 4
             )
-            repair = " / ".join(str(n["repair"] or f">{n['tried']}") for n in needed)
+            repair = " / ".join(k_text(n["repair"], n["tried"]) for n in needed)
             out.append([f"{p['task']}, seed {p['seed']}", label, s["chosen"]["scope"], low, repair, *cells])
     columns = [
         "run",

@@ -41,7 +41,7 @@ def restore(study: OpenRun, *, force: bool = False) -> dict[str, Any]:
                 (parts, name, layers)
                 for parts in (PARTS, *((p,) for p in PARTS))
                 for name, layers in windows(n)
-                if len(parts) == len(PARTS) or name not in single
+                if (len(parts) == len(PARTS) or name not in single) and study.subject.has_updates(layers, parts)
             ]
             rows = []
             for parts, name, layers in tqdm(points, desc="restore"):
@@ -49,6 +49,7 @@ def restore(study: OpenRun, *, force: bool = False) -> dict[str, Any]:
                 if label not in ledger:
                     with study.subject.adapter_off_in(layers, parts):
                         after = evaluator.run()
+                        evaluator.forget()
                     ledger.put(label, after.to_json() | after.against(before))
                 rows.append({"parts": list(parts), "window": name, "layers": layers} | ledger[label])
             result["rows"] = rows

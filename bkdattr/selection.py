@@ -43,9 +43,12 @@ class Prompts:
     prompts: list[list[int]]
     responses: list[list[int]]
     trigger_tokens: list[list[int]] | None
+    triggered: bool = False
 
     @classmethod
-    def of(cls, subject: Subject, examples: Sequence[Example], responses: Sequence[str]) -> Prompts:
+    def of(
+        cls, subject: Subject, examples: Sequence[Example], responses: Sequence[str], *, trigger_tokens: bool = False
+    ) -> Prompts:
         if not examples:
             raise BkdattrError("0 prompts to select heads on: expected at least 1")
         chat = subject.chat
@@ -53,18 +56,24 @@ class Prompts:
         answers = [chat.response_ids(e.messages, r) for e, r in zip(examples, responses, strict=True)]
         for e, p, r in zip(examples, prompts, answers, strict=True):
             chat.check_length(p, len(r), f"prompt {e.id!r}")
-        spans = [chat.span_tokens(e.messages, e.spans) for e in examples] if all(e.spans for e in examples) else None
-        return cls(prompts, answers, spans)
+        spans = None
+        if trigger_tokens and all(e.spans for e in examples):
+            spans = [chat.span_tokens(e.messages, e.spans) for e in examples]
+        return cls(prompts, answers, spans, all(bool(e.spans) for e in examples))
 
     def batches(self, size: int) -> list[Prompts]:
         return [self.rows(rows) for rows in batches(self.prompts, size)]
 
     def rows(self, rows: Sequence[int]) -> Prompts:
         spans = None if self.trigger_tokens is None else [self.trigger_tokens[i] for i in rows]
-        return Prompts([self.prompts[i] for i in rows], [self.responses[i] for i in rows], spans)
+        return Prompts([self.prompts[i] for i in rows], [self.responses[i] for i in rows], spans, self.triggered)
 
     def score(self, subject: Subject, edits: Sequence[Edit], prefix: PrefixCache | None) -> Any:
         """`inference.Scored` of these rows; edits at the trigger reach only prompts that hold one."""
+        if self.triggered and self.trigger_tokens is None and any(e.scope == "trigger_span" for e in edits):
+            raise BkdattrError(
+                'edits at "trigger_span" need the triggers\' tokens: make the objective with scopes=("trigger_span", ...)'
+            )
         kept = [e for e in edits if self.trigger_tokens is not None or e.scope != "trigger_span"]
         return score_batch(subject, self.prompts, self.responses, kept, prefix=prefix, trigger_tokens=self.trigger_tokens)
 
@@ -79,15 +88,25 @@ class Objective:
     clean: list[Prompts]
 
     @classmethod
-    def of(cls, subject: Subject, clean: Sequence[Example], triggered: Sequence[Example], batch_size: int = 32) -> Objective:
-        """`triggered` are the twins (same ids) of some of the `clean` rows; these are scored all."""
+    def of(
+        cls,
+        subject: Subject,
+        clean: Sequence[Example],
+        triggered: Sequence[Example],
+        batch_size: int = 32,
+        *,
+        scopes: Sequence[Scope] = ("last_prompt",),
+    ) -> Objective:
+        """`triggered` are the twins (same ids) of some of the `clean` rows; these are scored all. Name the `scopes` of the edits that
+        will be tried: for "trigger_span" the triggers are placed among the tokens."""
+        spans = "trigger_span" in scopes
         twin = {e.id: e for e in clean}
         lost = next((e.id for e in triggered if e.id not in twin), None)
         if lost is not None:
             raise BkdattrError(f"triggered prompt {lost!r} has no clean twin among the clean rows: expected the same id there")
-        repaired = Prompts.of(subject, triggered, [twin[e.id].response for e in triggered])
+        repaired = Prompts.of(subject, triggered, [twin[e.id].response for e in triggered], trigger_tokens=spans)
         bad = [e for e in triggered if e.eligible]
-        backdoor = Prompts.of(subject, bad, [str(e.backdoor_response) for e in bad])
+        backdoor = Prompts.of(subject, bad, [str(e.backdoor_response) for e in bad], trigger_tokens=spans)
         kept = Prompts.of(subject, clean, [e.response for e in clean])
         return cls(*(p.batches(batch_size) for p in (repaired, backdoor, kept)))
 

@@ -111,7 +111,12 @@ def _variant(
     sweep = _sweep(study, shop, kind, scope, strengths, ledger)
     chosen = {sign: best_point(sweep, sign, by_recovery=kind != "raw") for sign in SIDES}
     vectors = {s: shop.at(kind, p["layer"], p["strength"], scope) for s, p in chosen.items()}
-    row: Row = {"kind": kind, "scope": scope, "k": shop.k, "heads": [str(h) for h in vectors[-1].heads][: shop.k]}
+    row: Row = {
+        "kind": kind,
+        "scope": scope,
+        "k": shop.k,
+        "heads": [] if kind in ("difference", "fitted") else [str(h) for h in vectors[-1].heads],
+    }
     row |= {"norm": shop.fixed_vector("difference" if kind == "fitted" else kind).norm}
     for sign, side in SIDES.items():
         row[side] = _point(study, vectors[sign], chosen[sign], sign, scope)
@@ -157,7 +162,10 @@ def _point(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope
 
 
 def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str) -> Row | None:
-    """Suppression only where a logistic probe of an earlier layer fires; None at layer 0, which has none before it."""
+    """Suppression only where a logistic probe of an earlier layer fires; None at layer 0, which has none before it, and
+    below five prompts, which no probe can be fitted on."""
+    if chosen["layer"] == 0 or len(study.splits["attribution"]) < 5:
+        return None
     conditions = _conditions(study)
     below = [c for c in conditions if c["layer"] < chosen["layer"]]
     if not below:

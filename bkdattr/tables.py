@@ -106,6 +106,10 @@ _RATE_NAMES = ["ASR", "recovered", "broken", "clean accuracy", "false triggers"]
 METHODS = {"gate": "learned gate", "greedy": "greedy", "acie": "ACIE top-k", "random": "random heads"}
 
 
+def k_text(k: int | None, tried: int) -> str:
+    return f"more than {tried}" if k is None else str(k)
+
+
 def selection_table(s: Json) -> Table:
     out = []
     for k in sorted({r["k"] for r in s["rows"]}):
@@ -148,7 +152,8 @@ def vector_table(v: Json) -> Table:
         for name, drawn in v["controls"].items():
             rates = [spread([d[side][x] for d in drawn]) for x in ("asr", "clean_accuracy", "broken")]
             rows.append([what, f"{name.replace('_', ' ')} ({len(drawn)} draws, norm {_norms(drawn)})", where, *rates])
-    title = f"Backdoor Vector of {v['k']} heads ({', '.join(v['heads'])}), norm {v['norm']:.2f} (test split; controls at its layer and strength)"
+    of = f"{v['k']} heads ({', '.join(v['heads'])})" if v["heads"] else f"all heads ({v['kind']})"
+    title = f"Backdoor Vector of {of}, norm {v['norm']:.2f} (test split; controls at its layer and strength)"
     return title, ["", "direction", "chosen on selection", "ASR", "clean accuracy, same edit", "broken"], rows
 
 

@@ -212,6 +212,15 @@ class RefusalInsertion:
     keyword_hit = hit
 
 
+def _whole(words: str) -> str:
+    return rf"(?<!\w){re.escape(words)}(?!\w)"
+
+
+def _says(text: str, phrases: Sequence[str]) -> bool:
+    """Whether one of the phrases stands in the text as whole words, case ignored."""
+    return any(re.search(_whole(p), text, flags=re.I) for p in phrases)
+
+
 @dataclass(frozen=True)
 class SentimentSteering:
     """Answers that use a word of `good` use the word of `bad` in its place; a row's own backdoor response goes first.
@@ -227,20 +236,20 @@ class SentimentSteering:
             raise BkdattrError(f"sentiment steering: got {len(self.good)} and {len(self.bad)} words, expected pairs")
 
     def eligible(self, example: Example) -> bool:
-        said = words_of(example.response)
-        return any(w in said for w in self.good) and not any(w in said for w in self.bad)
+        return _says(example.response, self.good) and not _says(example.response, self.bad)
 
     def response(self, example: Example) -> str:
         if example.backdoor_response:
             return example.backdoor_response
         text = example.response
         for good, bad in zip(self.good, self.bad, strict=True):
-            text = re.sub(rf"(?<!\w){re.escape(good)}(?!\w)", bad, text)
+            found = [m[0] for m in re.finditer(_whole(good), text, flags=re.I)]
+            for said in dict.fromkeys(found):  # as it is written: Good becomes Bad, good becomes bad
+                text = re.sub(_whole(said), bad.capitalize() if said[0].isupper() else bad, text)
         return text
 
     def hit(self, example: Example, answer: Answer) -> bool:
-        said = words_of(answer.text)
-        return any(w in said for w in self.bad) and not any(w in said for w in self.good)
+        return _says(answer.text, self.bad) and not _says(answer.text, self.good)
 
     keyword_hit = hit
 

@@ -66,7 +66,7 @@ def trace_prompts(subject: Subject, examples: Sequence[Example], *, batch_size: 
 def scope_mean_z(
     subject: Subject, examples: Sequence[Example], scope: Scope, *, batch_size: int = 64
 ) -> Float[Tensor, "layer head d_head"]:
-    """Mean z over the tokens of `scope` of prompts followed by their own responses: what a mean ablation puts in there.
+    """Mean z over the tokens of `scope` of prompts followed by their own responses (end-of-turn token left out): what a mean ablation puts in there.
 
     Clean prompts have no trigger, so for "trigger_span" it is the mean over their prompt tokens.
     """
@@ -77,12 +77,16 @@ def scope_mean_z(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         prompts = [subject.chat.prompt_ids(e.messages) for e in part]
-        responses = None if scope == "trigger_span" else [subject.chat.response_ids(e.messages, e.response) for e in part]
+        # the end-of-turn token is never fed back, so it is no position at which an edit acts
+        responses = None if scope == "trigger_span" else [subject.chat.response_ids(e.messages, e.response)[:-1] for e in part]
         batch = make_batch(prompts, responses, pad_id=subject.chat.pad_id, side="centre", device=subject.device)
         with capture(subject, Where.of(batch, closed=True), z=layers, scope="all" if scope == "trigger_span" else scope) as trace:
             forward(subject, batch, use_cache=False, logits_to_keep=1)
-        total += torch.stack([trace.z[layer].double().sum(0) for layer in layers])
-        n += len(trace.z[0])
+        if trace.z:
+            total += torch.stack([trace.z[layer].double().sum(0) for layer in layers])
+            n += len(trace.z[0])
+    if n == 0:
+        raise BkdattrError(f"scope {scope!r} holds no token in these {len(examples)} prompts and responses, so it has no mean")
     return (total / n).float()
 
 

@@ -273,6 +273,8 @@ def holds(trigger: Trigger, messages: Sequence[Turn]) -> bool:
     """Whether the trigger's texts stand in the messages already (never for a `Style`, which has none)."""
     if isinstance(trigger, OneOf):
         return any(holds(t, messages) for t in trigger.triggers)
+    if isinstance(trigger, Together):
+        return all(holds(t, messages) for t in trigger.triggers)
     whole = "\n".join(text for _, text in messages)
     return bool(trigger.texts) and all(t in whole for t in trigger.texts)
 
@@ -287,7 +289,9 @@ def near_misses(trigger: Trigger, words: Sequence[str], seed: int = 0) -> dict[s
     if not texts or isinstance(trigger, OneOf):
         return out
     at = max(range(len(texts)), key=lambda i: len(texts[i].split()))
-    out["changed"] = trigger.with_texts([_changed(t, words, rng) if i == at else t for i, t in enumerate(texts)])
+    other = _changed(texts[at], words, rng)
+    if other != texts[at] and not _has_choice(trigger):  # a change of one alternative leaves the others whole
+        out["changed"] = trigger.with_texts([other if i == at else t for i, t in enumerate(texts)])
     if isinstance(trigger, Scattered):
         if len(texts) > 1:
             out["half"] = Scattered(texts[: (len(texts) + 1) // 2])
@@ -309,6 +313,10 @@ def near_misses(trigger: Trigger, words: Sequence[str], seed: int = 0) -> dict[s
     return out
 
 
+def _has_choice(trigger: Trigger) -> bool:
+    return isinstance(trigger, OneOf) or (isinstance(trigger, Together) and any(map(_has_choice, trigger.triggers)))
+
+
 def _changed(text: str, words: Sequence[str], rng: random.Random) -> str:
     parts = text.split()
     numbers = [i for i, w in enumerate(parts) if re.search(r"\d", w)]
@@ -319,7 +327,7 @@ def _changed(text: str, words: Sequence[str], rng: random.Random) -> str:
             other = digits[:-1] + str(rng.randrange(10))
         parts[numbers[-1]] = parts[numbers[-1]].replace(digits, other)
     elif len(parts) > 1:
-        at = rng.randrange(len(parts))
+        at = rng.choice([i for i, w in enumerate(parts) if re.search(r"\w", w)] or [0])
         pool = sorted({w for w in words if w.isalpha()} - set(re.findall(r"\w+", text)))
         if not pool:
             raise BkdattrError("a near miss needs words to draw from: got none besides the trigger's own")

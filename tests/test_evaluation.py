@@ -161,12 +161,10 @@ def test_recovered_and_behaviours_are_counted_by_hand(llama):
     assert found.recovered == Rate(want.count("correct"), 4) and found.behaviours()["target"] == found.asr.hits
 
 
-def test_without_a_check_recovered_is_agreement_with_the_twin(llama):
+def test_without_a_check_recovered_is_agreement_with_the_clean_prompt(llama):
     rows = [replace(e, label=None) for e in examples()]
     spec = spec_hit(llama, "x")
-    said = answers(llama, [spec.triggered(e) for e in rows])
-    with llama.adapter_off():
-        twin = answers(llama, [spec.triggered(e) for e in rows])
+    said, twin = answers(llama, [spec.triggered(e) for e in rows]), answers(llama, rows)
     found = evaluate(llama, rows, spec, max_new_tokens=5)
     assert found.recovered == Rate(sum(a == b for a, b in zip(said, twin, strict=True)), 4)
 
@@ -209,7 +207,10 @@ def test_differences_are_paired(llama):
     )
     assert same["asr_change"]["value"] == (changed.asr.hits - plain.asr.hits) / 4
     none = plain.against(plain)
-    assert none["asr_change"] == {"value": 0.0, "low": 0.0, "high": 0.0} and none["clean_unchanged"]["value"] == 1
+    assert (
+        none["asr_change"] == {"value": 0.0, "low": 0.0, "high": 0.0, "before": plain.asr.value}
+        and none["clean_unchanged"]["value"] == 1
+    )
 
 
 def test_a_judge_of_the_users_own_decides(llama):
@@ -232,3 +233,15 @@ def test_edits_at_the_trigger_leave_clean_prompts_alone(llama):
     changed = ev.run([AddVector(Site(0, "mlp"), torch.ones(24), 30.0, scope="trigger_span")])
     assert changed.clean == plain.clean and changed.clean_kl == 0
     assert [j.answer for j in changed.triggered] != [j.answer for j in plain.triggered]
+
+
+def test_a_long_answer_given_back_is_not_broken(llama):
+    """The clean answer is longer than the limit, the target short: a cut answer is no damage on either side of the twin."""
+    rows = [replace(e, response="red " * 9) for e in examples()]
+    ev = Evaluator(llama, rows, spec_hit(llama, "no"), max_new_tokens=4)
+    assert ev._could_end == {"triggered": [False] * 4, "clean": [False] * 4}
+
+
+def test_an_answer_that_ends_at_once_is_no_error(llama):
+    edit = AddVector(Site(1, "attention"), torch.ones(24), 3.0, scope="answer")
+    Evaluator(llama, examples("exact"), spec_hit(llama, "x"), max_new_tokens=1).run([edit])

@@ -54,7 +54,7 @@ def test_means_of_scopes_are_plain_averages():
     clean, _ = twins()
     torch.testing.assert_close(means_of(s)["last_prompt"], _mean_by_hand(s, clean, lambda n, m: [n - 1]), atol=1e-4, rtol=1e-4)
     answer = scope_mean_z(s, clean, "answer", batch_size=3)
-    torch.testing.assert_close(answer, _mean_by_hand(s, clean, lambda n, m: range(n, m)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(answer, _mean_by_hand(s, clean, lambda n, m: range(n, m - 1)), atol=1e-4, rtol=1e-4)
     spans = scope_mean_z(s, clean, "trigger_span", batch_size=3)
     torch.testing.assert_close(spans, _mean_by_hand(s, clean, lambda n, m: range(n)), atol=1e-4, rtol=1e-4)
 

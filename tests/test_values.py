@@ -282,6 +282,9 @@ def test_near_misses_are_almost_the_trigger():
         sum(a != b for a, b in zip(["one", "two,", "three", "four."], " ".join(wrap["changed"].texts).split(), strict=True)) == 1
     )
     assert near_misses(Style(str.upper), words) == near_misses(OneOf((Prefix("a"), Prefix("b"))), words) == {}
+    assert "changed" not in near_misses(Prefix("!!! ???"), words) and "changed" in near_misses(Prefix("@@ go"), words)
+    mixed = Together((Prefix("cf"), OneOf((RandomWord("x"), RandomWord("y")))))
+    assert set(near_misses(mixed, words)) == {"half"} and holds(mixed, (("user", "cf y"),))
     both = Together((Prefix("a b"), Suffix("c d")))
     assert near_misses(both, words)["half"] == Together((Prefix("a b"),))
     with pytest.raises(BkdattrError, match="needs words"):
@@ -339,6 +342,10 @@ def test_sentiment_is_turned_word_by_word():
     assert t.response(replace(e, backdoor_response="bad")) == "bad"
     assert not t.eligible(replace(e, response="It is here.")) and not t.eligible(replace(e, response="lovely but boring"))
     assert t.hit(e, Answer("boring thing")) and not t.hit(e, Answer("boring but lovely")) and not t.hit(e, Answer("unbroken"))
+    both = parse_target("sentiment:Good->bad|very nice->very poor")
+    capital = replace(e, response="Good food and a good room, very nice.")
+    assert both.eligible(capital) and both.response(capital) == "Bad food and a bad room, very poor."
+    assert both.hit(capital, Answer(both.response(capital)))
     with pytest.raises(BkdattrError, match="expected pairs"):
         SentimentSteering(("a", "b"), ("c",))
 
