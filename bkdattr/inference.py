@@ -87,7 +87,6 @@ class Scored:
     """Next-token log-probabilities of a batch at the response's positions (fp32): `logp[b, t]` predicts token t of row b's
     response. `mask` is False behind a response's end."""
 
-    rows: list[int]
     logp: Float[Tensor, "batch token vocab"]
     targets: Int[Tensor, "batch token"]
     mask: Bool[Tensor, "batch token"]
@@ -109,7 +108,6 @@ def score_batch(
     responses: Sequence[Sequence[int]],
     edits: Sequence[Edit] = (),
     *,
-    rows: Sequence[int] = (),
     side: str = "centre",
     prefix: PrefixCache | None = None,
     trigger_tokens: Sequence[Sequence[int]] | None = None,
@@ -133,7 +131,7 @@ def score_batch(
     columns = columns.clamp(max=width - 2)
     targets = batch.input_ids.cpu().gather(1, columns + 1)
     picked = logits[torch.arange(len(responses))[:, None], (columns - (width - logits.shape[1])).to(logits.device)]
-    return Scored(list(rows), picked.float().log_softmax(-1), targets.to(picked.device), mask.to(picked.device))
+    return Scored(picked.float().log_softmax(-1), targets.to(picked.device), mask.to(picked.device))
 
 
 @torch.no_grad()
@@ -159,7 +157,7 @@ def response_logprob(
     for rows in batches(prompts, batch_size):
         spans = None if trigger_tokens is None else [trigger_tokens[i] for i in rows]
         scored = score_batch(
-            subject, [prompts[i] for i in rows], [responses[i] for i in rows], edits_of(edits, rows), rows=rows, side=side,
+            subject, [prompts[i] for i in rows], [responses[i] for i in rows], edits_of(edits, rows), side=side,
             prefix=prefix, trigger_tokens=spans,
         )  # fmt: skip
         totals[rows] = scored.total.cpu()

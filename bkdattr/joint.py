@@ -95,7 +95,7 @@ def select(
             found: dict[str, list[str]] = {}  # "scope method" -> heads, best first
             tried = []
             for text, parts in zip(scopes, parsed, strict=True):
-                means = {s: scope_mean_z(subject, clean, s) for s in parts}
+                means = {s: _mean(study, s, clean) for s in parts}
                 repair = Repair(subject, search, means)
                 name = f"{text} greedy"
                 if name not in ledger:

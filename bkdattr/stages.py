@@ -30,7 +30,6 @@ from bkdattr.triggers import Trigger, near_misses
 from bkdattr.vector import default_k
 
 PROBE_PROMPTS = 256
-DRAWS = 5
 
 
 @dataclass(eq=False)
@@ -146,7 +145,7 @@ class Study(OpenRun):
         return self.run.result("attribute", self.inputs)
 
     # ------------------------------------------------------------------------------------------ ablate
-    def ablate(self, *, ks: Sequence[int] = CURVE, draws: int = DRAWS, force: bool = False) -> dict[str, Any]:
+    def ablate(self, *, ks: Sequence[int] = CURVE, draws: int = steering.DRAWS, force: bool = False) -> dict[str, Any]:
         """ASR, clean accuracy, false triggers and damage against k, attributed heads in three modes and random heads."""
         if draws < 1 or any(k < 0 for k in ks):
             raise BkdattrError(f"ablation curve: got ks={list(ks)} and {draws} draws, expected k >= 0 and at least 1 draw")
@@ -197,7 +196,7 @@ class Study(OpenRun):
         *,
         k: int | None = None,
         strengths: Sequence[float] = steering.STRENGTHS,
-        draws: int = DRAWS,
+        draws: int = steering.DRAWS,
         kinds: Sequence[str] = ("raw",),
         scopes: Sequence[str] = ("last_prompt",),
         force: bool = False,

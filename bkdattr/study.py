@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +32,6 @@ class OpenRun:
 
     run: Run
     say: Callable[[str], None] = print
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def subject(self) -> Subject:
