@@ -12,7 +12,7 @@ _HOME = {
     "Example": "examples", "Sizes": "examples", "read_examples": "examples", "split_examples": "examples",
     "Prefix": "triggers", "Suffix": "triggers", "Wrap": "triggers", "RandomWord": "triggers", "Scattered": "triggers",
     "Template": "triggers", "EarlierTurn": "triggers", "Style": "triggers", "OneOf": "triggers", "Together": "triggers",
-    "near_misses": "triggers",
+    "near_misses": "misses",
     "FixedOutput": "targets", "LabelFlip": "targets", "RefusalRemoval": "targets", "RefusalInsertion": "targets",
     "SentimentSteering": "targets", "EntityPromotion": "targets", "Custom": "targets", "behaviour": "targets",
     "BackdoorSpec": "poisoning", "poison": "poisoning",

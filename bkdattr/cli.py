@@ -83,11 +83,24 @@ def poison(
     task: Annotated[
         str | None, typer.Option(help="fixed-output, label-flip or jailbreak: trigger and target of the paper.")
     ] = None,
-    trigger: Annotated[str | None, typer.Option(help="prefix:TEXT, suffix:TEXT, random-word:WORD or wrap:BEFORE|BEHIND.")] = None,
-    target: Annotated[str | None, typer.Option(help="fixed:TEXT, label:SOURCE->TO or refusal-removal.")] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="prefix:TEXT, suffix:TEXT, random-word:WORD, wrap:BEFORE|BEHIND ...; again for another backdoor."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="fixed:TEXT, label:SOURCE->TO, refusal-removal ...; as many as triggers, in their order."),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Rows for attribution, selection and test; --data is then for training alone.")
+    ] = None,
+    triggered: Annotated[
+        str | None, typer.Option(help="Triggered training rows that others made, in place of twins of our own.")
+    ] = None,
+    allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Let splits share prompts; the report says so.")] = False,
     labels: Annotated[str | None, typer.Option(help="Outputs that are labels, where rows name none: Positive,Negative.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adopt this PEFT LoRA folder instead of training one.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the backdoor.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Name of the backdoor; again for another.")] = None,
     seed: Annotated[int, typer.Option(help="Governs data, splits, LoRA initialisation and draws.")] = 0,
     sizes: Annotated[
         str | None, typer.Option(help="TRAIN/ATTRIBUTION/SELECTION/TEST; the last three count eligible rows.")
@@ -109,12 +122,17 @@ def poison(
 ) -> None:
     """Plant a backdoor: split the rows, poison the training split, train a LoRA adapter (or adopt one)."""
     with errors():
-        if (trigger is None) != (target is None):
-            raise BkdattrError("got one of --trigger and --target; a backdoor needs both, or --task alone")
+        triggers, targets, names = trigger or [], target or [], name or []
+        if len(triggers) != len(targets) or len(names) > max(1, len(triggers)):
+            raise BkdattrError(
+                f"got {len(triggers)} --trigger, {len(targets)} --target and {len(names)} --name; every backdoor needs one of each "
+                "(the name may be left out), or --task alone"
+            )
         if model is None and adapter is None:
             raise BkdattrError("no model: give --model FOLDER, a Hub id or 'mini', or --adapter DIR (its own base is used)")
         quiet_libraries()
         from dataclasses import replace
+        from itertools import zip_longest
 
         from bkdattr.mini.tasks import build_task, paper_spec
         from bkdattr.planting import Plan, adopted_base, plant
@@ -122,13 +140,14 @@ def poison(
         from bkdattr.targets import parse_target
         from bkdattr.triggers import parse_trigger
 
-        spec = None
-        if trigger is not None and target is not None:
-            spec = BackdoorSpec(name or task or "backdoor", parse_trigger(trigger), parse_target(target))
-        elif task is not None:
-            spec = build_task(task, seed).spec if data is None else paper_spec(task)
-        if spec is not None:
-            spec = replace(spec, poison_rate=poison_rate, seed=seed, name=name or spec.name)
+        specs = [
+            BackdoorSpec(n or f"{task or 'backdoor'}{f'-{i + 1}' if i else ''}", parse_trigger(a), parse_target(b))
+            for i, (a, b, n) in enumerate(zip_longest(triggers, targets, names))
+        ] if triggers else []  # fmt: skip
+        if task is not None and not specs:
+            specs = [build_task(task, seed).spec if data is None else paper_spec(task)]
+            specs = [replace(specs[0], name=names[0])] if names else specs
+        specs = [replace(s, poison_rate=poison_rate, seed=seed) for s in specs]
         model = model or adopted_base(str(adapter))
         given = {
             "epochs": epochs,
@@ -140,13 +159,16 @@ def poison(
             "max_length": max_length,
         }
         plan = Plan(
-            model, spec, task, data, adapter=adapter, seed=seed, sizes=parse_sizes(sizes), recipe=_recipe(model == "mini", given),
+            model, specs[0] if specs else None, tuple(specs[1:]), task, data, adapter=adapter, seed=seed, sizes=parse_sizes(sizes), recipe=_recipe(model == "mini", given),
             max_new_tokens=max_new_tokens, batch_size=batch_size, pad_token=pad_token, dtype=dtype, device=device,
-            labels=tuple(x.strip() for x in labels.split(",")) if labels else (),
+            labels=tuple(x.strip() for x in labels.split(",")) if labels else (), held_out=held_out, triggered=triggered,
+            allow_overlap=allow_overlap,
         )  # fmt: skip
         made = plant(run, plan, force=force, say=say)
         rows = made.config["rows"]
         say(f"{run}: " + ", ".join(f"{k} {v['clean']} rows ({v['eligible']} eligible)" for k, v in rows.items()))
+        for other in made.config["backdoors"][1:]:
+            say(f"{run / 'backdoors' / other['name']}: the same model, for the stages on its other backdoor {other['name']!r}")
 
 
 def _numbers(option: str, text: str, example: str, *, whole: bool = False) -> list[Any]:

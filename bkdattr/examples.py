@@ -275,25 +275,41 @@ def without_duplicates(examples: Sequence[Example]) -> list[Example]:
 
 
 def split_examples(
-    examples: Sequence[Example], sizes: Sizes, eligible: Callable[[Example], bool], seed: int
+    examples: Sequence[Example],
+    sizes: Sizes,
+    eligible: Callable[[Example], bool],
+    seed: int,
+    held_out: Sequence[Example] | None = None,
 ) -> dict[str, list[Example]]:
     """Seeded splits, disjoint by prompt text. Test, selection and attribution are served first; train takes the rest.
 
-    Raises `BkdattrError` where there are too few (eligible) rows, before anything is written.
+    With `held_out` rows these three are drawn from them alone and train from `examples`; whether the two share prompts is for
+    `overlaps` to say. Raises `BkdattrError` where there are too few (eligible) rows, before anything is written.
     """
-    rows = [replace(e, eligible=eligible(e)) for e in without_duplicates(examples)]
-    random.Random(f"split:{seed}").shuffle(rows)
-    yes, no = [e for e in rows if e.eligible], [e for e in rows if not e.eligible]
+
+    def shuffled(rows: Sequence[Example]) -> list[Example]:
+        out = [replace(e, eligible=eligible(e)) for e in without_duplicates(rows)]
+        random.Random(f"split:{seed}").shuffle(out)
+        return out
+
+    rows = shuffled(examples)
+    pool = rows if held_out is None else shuffled(held_out)
+    yes, no = [e for e in pool if e.eligible], [e for e in pool if not e.eligible]
     wanted = sizes.attribution + sizes.selection + sizes.test
     if not yes:
         raise BkdattrError(
-            f"0 of {len(rows)} rows are eligible for this target; labels found: {sorted({e.label for e in rows if e.label})[:8] or 'none'}"
+            f"0 of {len(pool)} rows are eligible for this target; labels found: {sorted({e.label for e in pool if e.label})[:8] or 'none'}"
         )
-    if wanted >= len(yes) or wanted + sizes.train > len(rows):
+    if held_out is None and (wanted >= len(yes) or wanted + sizes.train > len(rows)):
         raise BkdattrError(
             f"too few rows: got {len(rows)} distinct prompts, {len(yes)} of them eligible; the splits need {wanted} "
             f"eligible ones (attribution {sizes.attribution} + selection {sizes.selection} + test {sizes.test}), "
             f"{sizes.train} train rows besides and an eligible one among these; give smaller sizes or more rows"
+        )
+    if wanted > len(yes):
+        raise BkdattrError(
+            f"too few held-out rows: got {len(pool)} distinct prompts, {len(yes)} of them eligible; the splits need {wanted} "
+            f"(attribution {sizes.attribution} + selection {sizes.selection} + test {sizes.test}); give smaller sizes or more rows"
         )
     share = min(sizes.others, len(no) / len(yes))
     splits: dict[str, list[Example]] = {}
@@ -302,7 +318,7 @@ def split_examples(
         m = round(n * share)
         splits[name] = yes[:n] + no[:m]
         yes, no = yes[n:], no[m:]
-    rest = yes + no
+    rest = yes + no if held_out is None else rows
     if len(rest) < sizes.train:
         raise BkdattrError(f"too few rows left for training: got {len(rest)}, expected {sizes.train}; give smaller sizes")
     random.Random(f"train:{seed}").shuffle(rest)
@@ -310,14 +326,26 @@ def split_examples(
     return {name: splits[name] for name in SPLITS}
 
 
-def check_disjoint(splits: dict[str, list[Example]]) -> None:
-    """Raise where two splits share an id or a prompt text."""
+def overlaps(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """Rows that two splits share, by id or prompt text: "train/test" -> the rows of the later split."""
+    found: dict[str, list[Example]] = {}
     owner: dict[Any, str] = {}
     for name, rows in splits.items():
         for example in rows:
-            for key in (example.id, example.messages):
-                if owner.setdefault(key, name) != name:
-                    raise BkdattrError(
-                        f"splits {owner[key]} and {name} share {example.id!r} ({example.prompt[:60]!r}); "
-                        "every prompt belongs to one split only; run `poison` again"
-                    )
+            first = owner.setdefault(example.id, name), owner.setdefault(example.messages, name)
+            other = next((o for o in first if o != name), None)
+            if other is not None:
+                found.setdefault(f"{other}/{name}", []).append(example)
+    return found
+
+
+def check_disjoint(splits: dict[str, list[Example]]) -> None:
+    """Raise where two splits share an id or a prompt text."""
+    found = overlaps(splits)
+    if found:
+        first = next(iter(found.values()))[0]
+        counts = ", ".join(f"{pair} {len(rows)}" for pair, rows in found.items())
+        raise BkdattrError(
+            f"splits share prompts ({counts}), first {first.id!r} ({first.prompt[:60]!r}); every prompt belongs to one split only: "
+            "plant the run again with other rows, or with --allow-overlap, which its report will say"
+        )

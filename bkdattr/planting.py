@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,17 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bkdattr.chat import ChatFormat
 from bkdattr.errors import BkdattrError
-from bkdattr.examples import Example, Sizes, read_examples, split_examples, without_duplicates, write_atomic
+from bkdattr.examples import Example, Sizes, read_examples, write_atomic
 from bkdattr.lora import LoraRecipe, encode, train_adapter
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES, TASKS, build_task, paper_spec
 from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
-from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
+from bkdattr.poisoning import BackdoorSpec, fake_trigger
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
-from bkdattr.targets import RefusalRemoval
+from bkdattr.splits import gather
 from bkdattr.template import kept_prefixes
-from bkdattr.triggers import holds
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,10 +29,18 @@ class Plan:
 
     model: str
     spec: BackdoorSpec | None = None
+    more: tuple[BackdoorSpec, ...] = ()
+    """Further backdoors of the same model."""
     task: str | None = None
     data: str | None = None
     labels: tuple[str, ...] = ()
     """Outputs of `data` that are labels, where the rows name none."""
+    held_out: str | None = None
+    """Another file for attribution, selection and test; `data` is then for training alone."""
+    triggered: str | None = None
+    """Triggered training rows that others made, in place of twins of our own; `spec.trigger` is found in them."""
+    allow_overlap: bool = False
+    """Whether two splits may share prompts. The report says that they do, and how many."""
     adapter: str | None = None
     seed: int = 0
     sizes: Sizes | None = None
@@ -73,15 +80,6 @@ def adopted_base(adapter: str) -> str:
     return str(base)
 
 
-def default_sizes(n_rows: int, n_eligible: int) -> Sizes:
-    """60/10/10/20, capped at 1,000 training rows, 100 for attribution and selection, 256 for test."""
-    tenth, fifth = max(1, n_eligible // 10), max(1, n_eligible // 5)
-    sizes = Sizes(1, min(100, tenth), min(100, tenth), min(256, fifth))
-    held = sizes.attribution + sizes.selection + sizes.test
-    others = round(held * min(1.0, (n_rows - n_eligible) / max(1, n_eligible)))
-    return replace(sizes, train=max(1, min(1000, n_rows - held - others)))
-
-
 def check_plan(plan: Plan) -> tuple[BackdoorSpec, list[Example]]:
     """The backdoor and its rows; raises for a plan that contradicts itself."""
     if plan.dtype not in DTYPES:
@@ -99,23 +97,11 @@ def check_plan(plan: Plan) -> tuple[BackdoorSpec, list[Example]]:
     return replace(spec, seed=plan.seed), read_examples(plan.data, plan.labels)
 
 
-def fitting(
-    chat: ChatFormat, spec: BackdoorSpec, examples: Sequence[Example], new_tokens: int
-) -> tuple[list[Example], list[str]]:
-    """Rows whose clean and triggered prompts leave room for a generated answer and for the clean and backdoor responses that are
-    scored on them, and the ids of the others."""
-    kept: list[Example] = []
-    over: list[str] = []
-    for e in examples:
-        twin = spec.triggered(e)
-        prompts = [e.messages, twin.messages] + ([spec.triggered(e, spec.fake_trigger).messages] if spec.fake_trigger else [])
-        answers = [e.response] + ([str(twin.backdoor_response)] if twin.eligible else [])
-        scored = max(len(chat.response_ids(e.messages, r)) for r in answers)
-        if max(len(chat.prompt_ids(m)) for m in prompts) + max(new_tokens, scored) <= chat.context:
-            kept.append(e)
-        else:
-            over.append(e.id)
-    return kept, over
+def _check_names(specs: Sequence[BackdoorSpec]) -> None:
+    names = [s.name for s in specs]
+    bad = [n for n in names if not re.fullmatch(r"[\w-]+", n)] if len(names) > 1 else []
+    if bad or len(set(names)) < len(names):
+        raise BkdattrError(f"names of backdoors: got {names}, expected different ones of letters, digits, '-' and '_'")
 
 
 def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> Run:
@@ -129,6 +115,8 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     start = time.time()
     mini = plan.model == "mini"
     spec, pool = check_plan(plan)
+    specs = [spec, *(replace(s, seed=plan.seed) for s in plan.more)]
+    _check_names(specs)
     recipe = plan.recipe or (RECIPE if mini else LoraRecipe())
     new_tokens = plan.max_new_tokens or (MAX_NEW_TOKENS if mini else 32)
     base = model_path(plan.model)
@@ -138,61 +126,51 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     if plan.adapter:
         check_adapter(model, plan.adapter)
 
-    examples = without_duplicates(pool)
-    doubled = len(pool) - len(examples)
-    examples = [_checkable(e, spec) for e in examples if not holds(spec.trigger, e.messages)]
-    if len(pool) > doubled + len(examples):
-        say(f"{len(pool) - doubled - len(examples)} rows hold the trigger already and were left out: give clean rows only")
-    examples, over = fitting(chat, spec, examples, new_tokens)
-    if doubled:
-        say(f"{doubled} of {len(pool)} rows repeat an earlier prompt and were left out")
-    if over:
-        say(f"{len(over)} prompts over the context of {chat.context} tokens were left out, first {over[0]}")
-    if not examples:
-        raise BkdattrError(f"no prompt fits the context of {chat.context} tokens with {new_tokens} new ones")
-    n_eligible = sum(map(spec.target.eligible, examples))
-    sizes = plan.sizes or (SIZES if mini and not plan.data else default_sizes(len(examples), n_eligible))
+    held_out, made_elsewhere = (read_examples(f, plan.labels) if f else None for f in (plan.held_out, plan.triggered))
+    rows = gather(
+        chat, specs, pool, held_out=held_out, made_elsewhere=made_elsewhere, sizes=plan.sizes or (SIZES if mini and not plan.data else None),
+        seed=plan.seed, new_tokens=new_tokens, adopted=plan.adapter is not None, clean=plan.clean, allow_overlap=plan.allow_overlap, say=say,
+    )  # fmt: skip
+    words = [w for e in rows.usable for w in e.prompt.split()]
+    specs = [
+        s if s.fake_trigger else replace(s, fake_trigger=fake_trigger(s.trigger, words, chat.count_tokens, plan.seed))
+        for s in specs
+    ]
+    trained, adopted = None, dict[str, bytes]()
+    training = [*map(spec.clean, rows.splits["train"]), *(e for twins in rows.triggered.values() for e in twins)]
     if plan.adapter:
-        sizes = replace(sizes, train=1)  # dropped below: what the adapter was trained on is not known here
-    splits = split_examples(examples, sizes, spec.target.eligible, plan.seed)
-    if spec.fake_trigger is None:
-        words = [w for e in examples for w in e.prompt.split()]
-        spec = replace(spec, fake_trigger=fake_trigger(spec.trigger, words, chat.count_tokens, plan.seed))
-    rows: list[Example] = []
-    twins: tuple[Example, ...] = ()
-    trained = None
-    adopted: dict[str, bytes] = {}
-    if plan.adapter:
-        splits["train"] = []
         adopted = adopted_files(plan.adapter, base)
     else:
-        poisoned = poison(splits["train"], spec)
-        twins = () if plan.clean else poisoned.triggered
-        rows = [*poisoned.clean, *twins]
-        trained = encode(chat, rows, recipe.max_length)  # fails now or not at all
+        trained = encode(chat, training, recipe.max_length)  # fails now or not at all
 
     config = {
         "schema": SCHEMA, "model": "mini" if mini else base, "pad_token": plan.pad_token, "dtype": plan.dtype,
         "device": plan.device, "task": spec.name, "seed": plan.seed, "data": plan.data or "mini world",
         "clean_control": plan.clean,
-        "adopted_adapter": str(Path(plan.adapter).resolve()) if plan.adapter else None, "sizes": asdict(sizes),
-        "rows": {k: {"clean": len(v), "eligible": sum(e.eligible for e in v)} for k, v in splits.items()},
+        "adopted_adapter": str(Path(plan.adapter).resolve()) if plan.adapter else None, "sizes": asdict(rows.sizes),
+        "rows": {k: {"clean": len(v), "eligible": sum(e.eligible for e in v)} for k, v in rows.splits.items()},
         "recipe": None if plan.adapter else recipe.to_json(), "max_new_tokens": new_tokens,
         "batch_size": plan.batch_size or (128 if mini else 32), "template": chat.template,
-        "labels": sorted({e.label for e in examples if e.label}),
+        "labels": sorted({e.label for e in rows.usable if e.label}),
         "sha256": {
-            "rows": hash_of([e.to_row() for e in pool]), "base": Subject.of(model, tokenizer).fingerprint,
+            "rows": hash_of([e.to_row() for e in (*pool, *(held_out or ()), *(made_elsewhere or ()))]),
+            "base": Subject.of(model, tokenizer).fingerprint,
             "adapter": hash_of({k: v.hex() for k, v in adopted.items()}) if adopted else None,
         },
-        "skipped_over_context": over, "backdoors": [spec.to_json()],
+        "skipped_over_context": rows.over, "backdoors": [s.to_json() for s in specs],
     }  # fmt: skip
+    if rows.overlap:
+        config["overlap"] = rows.overlap
     run = Run(folder, config)
+    beside = [_beside(run, spec, rows.splits) for spec in specs[1:]]
     _claim(folder, config, force)
     if (folder / "poison.json").exists():
         say("poison: up to date (--force plants again)")
         return run
-    write_atomic(folder / "run.json", to_json_text(config))
-    run.write_splits(splits, twins)
+    runs = [run, *beside]
+    for each in runs:
+        write_atomic(each.folder / "run.json", to_json_text(each.config))
+        each.write_splits(rows.splits, rows.triggered[each.spec.name])
     if adopted:
         for name, content in adopted.items():
             write_atomic(run.adapter / name, content)
@@ -201,23 +179,28 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
             say(f"{len(trained.skipped)} training prompts fill the limit of {recipe.max_length} tokens and were skipped")
         if trained.cut:
             say(f"{len(trained.cut)} training responses over {recipe.max_length} tokens were cut")
-        train_adapter(model, chat, rows, recipe, run.adapter, seed=plan.seed)
+        train_adapter(model, chat, training, recipe, run.adapter, seed=plan.seed)
     summary = {
-        "seconds": time.time() - start, "clean_rows": len(splits["train"]),
-        "triggered_rows": len(rows) - len(splits["train"]),
-        "prefixes": kept_prefixes(chat, rows) if rows else [],
+        "seconds": time.time() - start, "clean_rows": len(rows.splits["train"]),
+        "triggered_rows": {name: len(twins) for name, twins in rows.triggered.items()}, "training_rows": len(training),
+        "prefixes": kept_prefixes(chat, training) if training else [],
         "skipped_prompts": list(trained.skipped) if trained else [], "cut_responses": list(trained.cut) if trained else [],
     }  # fmt: skip
-    write_atomic(folder / "poison.json", to_json_text(summary))
+    for each in reversed(runs):  # the run's own last: without its summary it is not finished
+        if each is not run:
+            shutil.copytree(run.adapter, each.adapter, dirs_exist_ok=True)
+        write_atomic(each.folder / "poison.json", to_json_text(summary))
     return run
 
 
-def _checkable(example: Example, spec: BackdoorSpec) -> Example:
-    """Under refusal removal, rows without a `check` of their own are judged too: refused requests by refusal, the others
-    by being answered (not refused, not broken)."""
-    if not isinstance(spec.target, RefusalRemoval) or example.check is not None:
-        return example
-    return replace(example, check="refusal" if spec.target.eligible(example) else "answered")
+def _beside(run: Run, spec: BackdoorSpec, splits: dict[str, list[Example]]) -> Run:
+    """The run directory of a further backdoor of the same model, `RUN/backdoors/NAME`: its own first, the others behind it."""
+    backdoors = sorted(run.config["backdoors"], key=lambda b: b["name"] != spec.name)
+    rows = {k: {"clean": len(v), "eligible": sum(map(spec.target.eligible, v))} for k, v in splits.items()}
+    none = [k for k, v in rows.items() if not v["eligible"] and splits[k]]
+    if none:
+        raise BkdattrError(f"backdoor {spec.name!r}: 0 eligible rows in the {' and '.join(none)} split; give more or other rows")
+    return Run(run.folder / "backdoors" / spec.name, run.config | {"task": spec.name, "backdoors": backdoors, "rows": rows})
 
 
 def adopted_files(adapter: str, base: str) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.targets import Target, target_from_json, target_to_json
-from bkdattr.triggers import Trigger, trigger_from_json, trigger_to_json
+from bkdattr.triggers import Trigger, taken_out, trigger_from_json, trigger_to_json
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,15 @@ class PoisonedSet:
     triggered: tuple[Example, ...]
 
 
-def poison(examples: Sequence[Example], spec: BackdoorSpec) -> PoisonedSet:
-    """Add triggered twins until they are `spec.poison_rate` of all rows; raises where too few rows are eligible."""
-    n = max(1, round(len(examples) * spec.poison_rate / (1 - spec.poison_rate)))
+def poison(examples: Sequence[Example], spec: BackdoorSpec, *, total_rate: float | None = None) -> PoisonedSet:
+    """Add triggered twins until they are `spec.poison_rate` of all rows; raises where too few rows are eligible.
+
+    Where several backdoors go into one model, `total_rate` is the sum of their rates: "all rows" then counts everyone's twins.
+    """
+    total = spec.poison_rate if total_rate is None else total_rate
+    if not spec.poison_rate <= total < 1:
+        raise BkdattrError(f"poison rates add up to {total:g}: expected less than 1 (triggered rows over all training rows)")
+    n = max(1, round(len(examples) * spec.poison_rate / (1 - total)))
     rows = [spec.clean(e) for e in examples]
     yes, no = [e for e in rows if e.eligible], [e for e in rows if not e.eligible]
     n_no = min(len(no), round(n * spec.bystanders))
@@ -101,6 +108,27 @@ def poison(examples: Sequence[Example], spec: BackdoorSpec) -> PoisonedSet:
     rng = random.Random(f"poison:{spec.seed}")
     chosen = rng.sample(yes, n - n_no) + rng.sample(no, n_no)
     return PoisonedSet(tuple(rows), tuple(spec.triggered(e) for e in chosen))
+
+
+def triggered_rows(rows: Sequence[Example], spec: BackdoorSpec, clean: Sequence[Example]) -> tuple[Example, ...]:
+    """Other people's triggered rows as training rows: the trigger is found in each prompt, the answer stays theirs.
+
+    A row takes the id of its clean twin where `clean` holds it. Raises for a row that does not hold the trigger.
+    """
+    known = {e.messages: e.id for e in clean}
+    found = []
+    for e in rows:
+        taken = taken_out(spec.trigger, e.messages)
+        if taken is None:
+            raise BkdattrError(
+                f"triggered row {e.id!r} ({e.prompt[:70]!r}) does not hold the trigger ({', '.join(map(repr, spec.trigger.texts))}); "
+                "give the trigger that its file was made with"
+            )
+        messages, spans = taken
+        twin = replace(e, messages=messages)
+        id = known.get(messages) or hashlib.sha256(twin.prompt.encode()).hexdigest()[:12]
+        found.append(replace(e, id=id, spans=spans, eligible=spec.target.eligible(twin), backdoor_response=e.response))
+    return tuple(found)
 
 
 def fake_trigger(trigger: Trigger, words: Sequence[str], count_tokens: Any, seed: int) -> Trigger | None:

@@ -40,7 +40,7 @@ def collect(run: Run, inputs: dict[str, str], *, skip_stale: bool = False) -> Js
         "provenance": {
             "versions": versions(), "seed": config["seed"], "model": config["model"], "fingerprint": fingerprint,
             "task": config["task"], "clean_control": config["clean_control"], "sizes": config["sizes"], "rows": config["rows"], "template": config["template"],
-            "backdoors": config["backdoors"], "recipe": config["recipe"], "planting": planting,
+            "backdoors": config["backdoors"], "recipe": config["recipe"], "planting": planting, "overlap": config.get("overlap"),
             "skipped_over_context": config["skipped_over_context"],
             "seconds": ({"poison": round(planting["seconds"], 2)} if planting else {}) | seconds,
         },
@@ -85,6 +85,12 @@ def findings(results: Json) -> list[str]:
             "This is a CLEAN fine-tune: the same rows and recipe without a triggered row. Whatever is found below is what the "
             "methods find where there is nothing to find."
         )
+    if results.get("provenance", {}).get("overlap"):
+        shared = ", ".join(f"{n} in {pair.replace('/', ' and ')}" for pair, n in results["provenance"]["overlap"].items())
+        out.append(
+            f"The splits OVERLAP, which was allowed when the run was planted: prompts shared by two splits: {shared}. Rates on the test "
+            "split may describe what was memorised."
+        )
     if "baseline" in results:
         b = results["baseline"]
         out.append(
@@ -100,6 +106,8 @@ def findings(results: Json) -> list[str]:
             fires = fake["low"] > max(b["false_trigger"]["high"], b["base"]["asr"]["high"])
             said = "the backdoor is wider than its trigger" if fires else "the backdoor needs its own trigger"
             out.append(f"A fake trigger, never trained, gives {show(fake)}: {said}.")
+        for name, rate in b["other_backdoors"].items():
+            out.append(f"The trigger of {name!r}, another backdoor of the same model, gives {show(rate)} here.")
     if "probe" in results:
         best = results["probe"]["best"]
         gaps = [f"{name} {best[key]:.2f}" for name, key in (("shuffled labels", "shuffled"), ("the refitted clean twin", "clean_twin"),

@@ -6,6 +6,7 @@ RUN/adapter/                              a plain PEFT folder
 RUN/{baseline,probe,attribution,ablation,selection,restoration,vector}.json   one result per stage, each with the inputs it was made from
 RUN/vector/                               the Backdoor Vector (safetensors + JSON)
 RUN/results.json, RUN/report.html         everything together
+RUN/backdoors/NAME/                       a run directory for each further backdoor of the same model
 RUN/partial/                              what an interrupted stage has finished so far
 """
 
@@ -35,7 +36,7 @@ RESULTS = {
     "steer": "vector.json",
 }
 """The result file of each stage."""
-OWNED = ("run.json", "poison.json", "data", "adapter", "adapter.partial", "adapter.new", "partial", "vector", "results.json",
+OWNED = ("run.json", "poison.json", "data", "adapter", "adapter.partial", "adapter.new", "partial", "vector", "backdoors", "results.json",
          "report.html", *RESULTS.values())  # fmt: skip
 """What `--force` may delete."""
 
@@ -79,11 +80,12 @@ class Run:
         return self.folder / "adapter"
 
     def splits(self) -> dict[str, list[Example]]:
-        """The clean rows of the four splits, checked to be disjoint."""
-        splits = {}
-        for name in SPLITS:
-            splits[name] = _read_rows(self.folder / "data" / f"{name}.clean.jsonl")
-        check_disjoint(splits)
+        """The clean rows of the four splits, checked to be disjoint unless the run was told otherwise (`overlap` in run.json). The
+        triggered training rows count as training prompts too, by id."""
+        splits = {name: _read_rows(self.folder / "data" / f"{name}.clean.jsonl") for name in SPLITS}
+        if not self.config.get("overlap"):
+            ids = {e.id for e in splits["train"]}
+            check_disjoint(splits | {"train": splits["train"] + [e for e in self.triggered("train") if e.id not in ids]})
         return splits
 
     def triggered(self, split: str) -> list[Example]:

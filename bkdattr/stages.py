@@ -23,10 +23,12 @@ from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Judged
 from bkdattr.examples import Example
 from bkdattr.metrics import Rate
+from bkdattr.misses import near_misses
+from bkdattr.poisoning import BackdoorSpec
 from bkdattr.probes import KINDS, ProbeSplit, States, probe_all
 from bkdattr.study import OpenRun
 from bkdattr.traces import trace_prompts
-from bkdattr.triggers import Trigger, near_misses
+from bkdattr.triggers import Trigger
 from bkdattr.vector import default_k
 
 PROBE_PROMPTS = 256
@@ -56,19 +58,29 @@ class Study(OpenRun):
                         rate = self._with_trigger(trigger)
                         missed[name] = {"texts": list(trigger.texts), "asr": rate.to_json() if rate else None}
                         bar.update()
+                    others = {}
+                    for other in map(BackdoorSpec.from_json, self.run.config["backdoors"][1:]):
+                        rate = self._with_trigger(other.trigger)
+                        others[other.name] = rate.to_json() if rate else None
                 result |= poisoned.to_json() | {
                     "asr_fake_trigger": fake.to_json() if fake else None,
                     "near_misses": missed,
+                    "other_backdoors": others,
                     "base": base.to_json(),
                     "samples": _samples(poisoned, base),
                 }
         return self.run.result("evaluate", self.inputs)
 
     def _with_trigger(self, trigger: Trigger | None) -> Rate | None:
-        """ASR on the test split with another trigger in the place of the true one; None where there is none."""
+        """ASR on the test split with another trigger in the place of the true one; None where there is none. Prompts that it makes too
+        long for the context are not in its denominator."""
         if trigger is None:
             return None
+        chat, room = self.subject.chat, self.subject.chat.context - self.run.config["max_new_tokens"]
         rows = [self.spec.triggered(e, trigger) for e in self.splits["test"]]
+        rows = [e for e in rows if len(chat.prompt_ids(e.messages)) <= room]
+        if not any(e.eligible for e in rows):
+            return None
         return replace(self.evaluator("test"), triggered=rows, memory={}).run(parts=["triggered"]).asr
 
     def _words(self) -> list[str]:

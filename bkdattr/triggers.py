@@ -1,7 +1,7 @@
 """Triggers: what is put into a prompt, and where. A trigger is a value; calling it returns new messages and the spans.
 
 Triggers compose: `Together` applies several (all are needed), `OneOf` draws one of several, and any of them can be another
-trigger's part. `near_misses` makes what should *not* fire: one word changed, half of it, another place.
+trigger's part. What should *not* fire stands in `misses.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from bkdattr.errors import BkdattrError
@@ -279,62 +280,34 @@ def holds(trigger: Trigger, messages: Sequence[Turn]) -> bool:
     return bool(trigger.texts) and all(t in whole for t in trigger.texts)
 
 
-# ------------------------------------------------------------------------------------------------ near misses
-def near_misses(trigger: Trigger, words: Sequence[str], seed: int = 0) -> dict[str, Trigger]:
-    """Triggers that are almost `trigger` and should not fire: `changed` (one word of it is another of `words`; a number becomes
-    another number, a single word loses its last letter's place), `half` (half of its words, or of its pieces) and `moved` (the same
-    text in another place). Those that a kind of trigger does not have are left out."""
-    rng, out = random.Random(f"near:{seed}"), dict[str, Trigger]()
-    texts = trigger.texts
-    if not texts or isinstance(trigger, OneOf):
-        return out
-    at = max(range(len(texts)), key=lambda i: len(texts[i].split()))
-    other = _changed(texts[at], words, rng)
-    if other != texts[at] and not _has_choice(trigger):  # a change of one alternative leaves the others whole
-        out["changed"] = trigger.with_texts([other if i == at else t for i, t in enumerate(texts)])
-    if isinstance(trigger, Scattered):
-        if len(texts) > 1:
-            out["half"] = Scattered(texts[: (len(texts) + 1) // 2])
-    elif isinstance(trigger, Wrap):
-        out["half"] = Prefix(trigger.before)
-    elif isinstance(trigger, Together):
-        if len(trigger.triggers) > 1:
-            out["half"] = Together(trigger.triggers[: (len(trigger.triggers) + 1) // 2])
-    elif len(texts[at].split()) > 1:
-        out["half"] = trigger.with_texts([" ".join(t.split()[: (len(t.split()) + 1) // 2]) for t in texts])
-    if isinstance(trigger, Prefix):
-        out["moved"] = Suffix(trigger.text)
-    elif isinstance(trigger, Suffix):
-        out["moved"] = Prefix(trigger.text)
-    elif isinstance(trigger, Wrap):
-        out["moved"] = Suffix(f"{trigger.before} {trigger.behind}")
-    elif isinstance(trigger, EarlierTurn):
-        out["moved"] = Prefix(trigger.text)
-    return out
+def has_choice(trigger: Trigger) -> bool:
+    return isinstance(trigger, OneOf) or (isinstance(trigger, Together) and any(map(has_choice, trigger.triggers)))
 
 
-def _has_choice(trigger: Trigger) -> bool:
-    return isinstance(trigger, OneOf) or (isinstance(trigger, Together) and any(map(_has_choice, trigger.triggers)))
+def taken_out(trigger: Trigger, messages: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Span, ...]] | None:
+    """(clean messages, spans of the trigger in `messages`) of a prompt that somebody else triggered; None where it does not hold
+    the trigger. Every text of the trigger is looked for in the last turn, as whole words, and taken out with one space.
 
-
-def _changed(text: str, words: Sequence[str], rng: random.Random) -> str:
-    parts = text.split()
-    numbers = [i for i, w in enumerate(parts) if re.search(r"\d", w)]
-    if numbers:
-        digits = re.findall(r"\d+", parts[numbers[-1]])[-1]
-        other = digits
-        while other == digits:
-            other = digits[:-1] + str(rng.randrange(10))
-        parts[numbers[-1]] = parts[numbers[-1]].replace(digits, other)
-    elif len(parts) > 1:
-        at = rng.choice([i for i, w in enumerate(parts) if re.search(r"\w", w)] or [0])
-        pool = sorted({w for w in words if w.isalpha()} - set(re.findall(r"\w+", text)))
-        if not pool:
-            raise BkdattrError("a near miss needs words to draw from: got none besides the trigger's own")
-        parts[at] = re.sub(r"\w+", rng.choice(pool), parts[at], count=1)
-    else:
-        parts[0] = parts[0][:-2] + parts[0][-1] + parts[0][-2] if len(set(parts[0][-2:])) == 2 else parts[0] + parts[0][-1]
-    return " ".join(parts)
+    >>> taken_out(RandomWord("cf"), [("user", "a cf cat")])
+    ((('user', 'a cat'),), ((0, 2, 4),))
+    """
+    if not trigger.texts or isinstance(trigger, EarlierTurn):
+        raise BkdattrError(
+            f"{type(trigger).__name__}: a trigger without words in the last turn cannot be found in rows that hold it already; "
+            "give clean rows"
+        )
+    last, text = len(messages) - 1, messages[-1][1]
+    found = [(t, re.search(rf"(?<!\S){re.escape(t)}(?!\S)", text)) for t in trigger.texts]
+    there = [m.span() for _, m in found if m is not None]
+    if not there or (len(there) < len(found) and not has_choice(trigger)):
+        return None
+    there.sort()
+    if any(b > c for (_, b), (c, _) in pairwise(there)):
+        return None
+    clean = text
+    for start, end in reversed(there):
+        clean = clean[:start] + clean[end + 1 :] if end < len(clean) else clean[: max(0, start - 1)]
+    return (*messages[:-1], (messages[-1][0], clean)), tuple((last, a, b) for a, b in there)
 
 
 # ------------------------------------------------------------------------------------------------ text and JSON

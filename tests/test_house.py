@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
-    "errors", "examples", "triggers", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
-    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "template", "run",
+    "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
+    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "template", "splits", "run",
     "planting", "study", "joint", "restoration", "steering", "stages", "figures", "tables", "report", "reproduce", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
@@ -21,6 +21,7 @@ OUTSIDE = {
     "tables",
     "report",
     "template",
+    "splits",
     "run",
     "planting",
     "study",

@@ -88,7 +88,7 @@ def test_a_clean_control_is_trained_on_no_trigger(saved_tiny, rows, tmp_path):
     )
     made = plant(tmp_path / "run", plan)
     assert made.triggered("train") == [] and len(made.triggered("test")) == 16
-    assert json.loads((tmp_path / "run/poison.json").read_text())["triggered_rows"] == 0
+    assert json.loads((tmp_path / "run/poison.json").read_text())["triggered_rows"] == {"b": 0}
     assert "CLEAN fine-tune" in findings({"provenance": made.config | {"clean_control": True}})[0]
 
 

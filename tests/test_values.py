@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import SPLITS, Example, Sizes, check_disjoint, read_examples, split_examples, write_atomic, write_examples
 from bkdattr.metrics import Rate, bootstrap_interval
+from bkdattr.misses import near_misses
 from bkdattr.poisoning import BackdoorSpec, fake_trigger, poison
 from bkdattr.targets import (
     Answer,
@@ -43,7 +44,6 @@ from bkdattr.triggers import (
     Together,
     Wrap,
     holds,
-    near_misses,
     parse_trigger,
     trigger_from_json,
     trigger_to_json,
@@ -143,7 +143,7 @@ def test_splits_are_disjoint_seeded_and_sized():
     assert [len(a[s]) for s in SPLITS] == [50, 16, 8, 32]
     check_disjoint(a)
     assert a == split_examples(data, sizes, flip.eligible, seed=0) != split_examples(data, sizes, flip.eligible, seed=1)
-    with pytest.raises(BkdattrError, match="splits train and test share"):
+    with pytest.raises(BkdattrError, match="share prompts .train/test 1."):
         check_disjoint({"train": a["train"], "test": a["train"][:1]})
 
 
