@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
-    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "template", "splits", "run",
+    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run",
     "planting", "study", "joint", "restoration", "steering", "stages", "figures", "tables", "report", "reproduce", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
@@ -20,6 +20,7 @@ OUTSIDE = {
     "figures",
     "tables",
     "report",
+    "harness",
     "template",
     "splits",
     "run",
