@@ -27,7 +27,7 @@ _HOME = {
     "BackdoorProbe": "probes", "probe_all": "probes",
     "Attribution": "attribution", "baha": "attribution",
     "ablate": "ablation", "greedy_heads": "selection", "learn_gates": "selection", "Gates": "selection", "Repair": "selection",
-    "Objective": "selection", "prune_heads": "selection", "ablate_to": "selection", "scope_mean_z": "traces",
+    "Objective": "selection", "ablate_to": "selection", "scope_mean_z": "traces",
     "BackdoorVector": "vector", "fit_vector": "vector", "to_transformer_lens": "lens", "edited_lm": "harness",
     "Plan": "planting", "plant": "planting", "Run": "run", "Study": "stages", "write_report": "report",
     "BkdattrError": "errors",

@@ -261,12 +261,15 @@ def ablate(
 @app.command()
 def select(
     run: RunArg,
-    scopes: Annotated[
+    settings: Annotated[
         str,
-        typer.Option(help="Where heads are ablated, tried in turn: last_prompt, last_prompt+answer, all ...; comma-separated."),
-    ] = "last_prompt",
-    sparsities: Annotated[str, typer.Option(help="Weights of the gates' sparsity, comma-separated.")] = "0.05,0.15,0.4",
-    steps: Annotated[int, typer.Option(help="Training steps per set of gates.")] = 150,
+        typer.Option(
+            help="Where heads are ablated, tried in turn until one repairs: last_prompt, last_prompt+answer, all ...; with @probe "
+            "behind it only where a probe fires; comma-separated."
+        ),
+    ] = "last_prompt,last_prompt@probe",
+    sparsity: Annotated[str, typer.Option(help="First and last weight of the gates' sparsity.")] = "0.01,3",
+    steps: Annotated[int, typer.Option(help="Training steps per set of gates.")] = 350,
     ks: Annotated[str | None, typer.Option(help="Points of the curves; default every k up to 10 % of the heads, 16, 24.")] = None,
     draws: Annotated[int, typer.Option(help="Draws of random heads.")] = 3,
     force: Force = False,
@@ -274,10 +277,10 @@ def select(
     """Choose heads jointly (learned gates, greedy) and compare them with ACIE's top-k and random heads at equal k."""
     with errors():
         points = None if ks is None else [int(k) for k in _numbers("--ks", ks, "1,2,4", whole=True)]
-        weights = _numbers("--sparsities", sparsities, "0.05,0.15")
+        weights = _numbers("--sparsity", sparsity, "0.01,3")
         study = _study(run)
-        parts = [s.strip() for s in scopes.split(",")]
-        study.select(ks=points, scopes=parts, sparsities=weights, steps=steps, draws=draws, force=force)
+        parts = [s.strip() for s in settings.split(",")]
+        study.select(ks=points, settings=parts, sparsity=weights, steps=steps, draws=draws, force=force)
         _show(study)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from bkdattr.tables import setting_text
+
 Json = dict[str, Any]
 COLORS = {"asr": "#c0392b", "clean_accuracy": "#2471a3", "false_trigger": "#d68910", "broken": "#7d3c98", "grey": "#909497"}
 NAMES = {"asr": "ASR", "clean_accuracy": "clean accuracy", "false_trigger": "false triggers", "broken": "broken"}
@@ -175,7 +177,7 @@ def selection_curves(selection: Json) -> go.Figure:
     figure.update_yaxes(range=[-0.02, 1.05])
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     return _finish(
-        figure, f"Heads chosen jointly, set to their clean means (scope {selection['chosen']['scope']}), test split", 460
+        figure, f"Heads chosen jointly, set to their clean means ({setting_text(selection['chosen'])}), test split", 460
     )
 
 

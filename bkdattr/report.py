@@ -10,7 +10,8 @@ from typing import Any
 
 from bkdattr.examples import write_atomic
 from bkdattr.run import RESULTS, Run, read_json, to_json_text
-from bkdattr.tables import METHODS, Table, k_text, show, spread, tables
+from bkdattr.steering import GOAL
+from bkdattr.tables import METHODS, Table, k_text, setting_text, show, spread, tables
 
 Json = dict[str, Any]
 SCHEMA = 1
@@ -167,12 +168,13 @@ def _variants_finding(v: Json) -> list[str]:
     good = []
     for x in v["variants"]:
         up, down = x["activate"]["asr"], x["suppress"]
-        if up["value"] >= 0.95 and down["asr"]["value"] <= 0.05 and down["recovered"]["value"] >= 0.9:
+        recovered = down["recovered"] is not None and down["recovered"]["value"] >= GOAL["recovered"]
+        if up["value"] >= GOAL["activate"] and down["asr"]["value"] <= GOAL["suppress"] and recovered:
             good.append(f"{x['kind'].replace('_', ' ')} ({x['scope']})")
     said = f"does both: {', '.join(good)}" if good else "no kind does both"
     out = [
-        "Of the vectors tried, activation of at least 0.95 and suppression to at most 0.05 with at least 0.90 of the answers recovered "
-        f"(point estimates, test split): {said}."
+        f"Of the vectors tried, activation of at least {GOAL['activate']:g} and suppression to at most {GOAL['suppress']:g} with at least "
+        f"{GOAL['recovered']:g} of the answers recovered (point estimates, test split): {said}."
     ]
     held = [x["conditional"] for x in v["variants"] if x["conditional"] and x["conditional"]["clean_unchanged"]["value"] >= 0.99]
     if any(x["conditional"] for x in v["variants"]):
@@ -221,7 +223,7 @@ def _selection_finding(s: Json) -> list[str]:
     others = {m: [r for r in s["rows"] if r["method"] == m and r["k"] == chosen["k"]] for m in ("greedy", "acie", "random")}
     beside = [f"{METHODS[m]} {spread([r['asr'] for r in rows])}" for m, rows in others.items() if rows]
     out = [
-        f"Learned gates: {chosen['k']} heads ({', '.join(at['heads'])}; scope {chosen['scope']}, chosen on the selection split) set to their "
+        f"Learned gates: {chosen['k']} heads ({', '.join(at['heads'])}; {setting_text(chosen)}, chosen on the selection split) set to their "
         f"clean means leave an ASR of {show(at['asr'])}, recover {show(at['recovered'])} of the answers, break {show(at['broken_triggered'])}, "
         f"at clean accuracy {show(at['clean_accuracy'])}. ASR at equal k: {'; '.join(beside)}."
     ]
@@ -235,8 +237,10 @@ def _selection_finding(s: Json) -> list[str]:
         f"breaks at most {bar['broken']:g} and costs at most {bar['clean']:g} of clean accuracy."
     )
     if not at["repaired"]:
+        tried = ", ".join(t["setting"] for t in s["tried"])
         out.append(
-            "The gates' own choice is NOT a repair by these bounds on the test split: few heads in this scope do not carry this backdoor alone."
+            f"The gates' own choice is NOT a repair by these bounds on the test split; settings tried: {tried}. So at most 10 % of the "
+            "heads do not carry this backdoor alone there."
         )
     return out
 

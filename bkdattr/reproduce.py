@@ -30,6 +30,7 @@ from bkdattr.tables import METHODS, Table, k_text, show, spread
 Json = dict[str, Any]
 VARIANTS = ("poisoned", "clean")
 PAPER_SIZES = Sizes(train=1000, attribution=96, selection=64, test=256)
+SETTINGS = ("last_prompt", "last_prompt@probe", "all+last_prompt+answer")
 SCOPES = ("last_prompt", "last_prompt+answer")
 
 
@@ -80,7 +81,7 @@ def reproduce(out: Path, grid: Grid, say: Callable[[str], None]) -> dict[str, st
                     study.probe()
                     study.attribute()
                     study.ablate()
-                    study.select(scopes=SCOPES)
+                    study.select(settings=SETTINGS)
                     study.restore()
                     study.steer(kinds=KINDS, scopes=SCOPES)
                     write_report(study.run, study.inputs)
@@ -169,11 +170,11 @@ def _needed(runs: list[Json]) -> Table:
                 [show(row[x], False) for x in ("asr", "clean_accuracy", "recovered", "broken_triggered")] if row else ["–"] * 4
             )
             repair = " / ".join(k_text(n["repair"], n["tried"]) for n in needed)
-            out.append([f"{p['task']}, seed {p['seed']}", label, s["chosen"]["scope"], low, repair, *cells])
+            out.append([f"{p['task']}, seed {p['seed']}", label, s["chosen"]["setting"], low, repair, *cells])
     columns = [
         "run",
         "heads",
-        "scope",
+        "setting",
         f"k for ASR ≤ {BAR['asr']:g}",
         "k for repair",
         "ASR there",
@@ -194,10 +195,13 @@ def _joint(runs: list[Json]) -> Table:
         p, s = r["provenance"], r["selection"]
         row = next(x for x in s["rows"] if x["method"] == "gate" and x["k"] == s["chosen"]["k"])
         name = f"{p['task']}{', clean fine-tune' if p['clean_control'] else ''}, seed {p['seed']}"
-        out.append([name, s["chosen"]["scope"], f"{s['chosen']['sparsity']:g}", str(row["k"]), show(row["asr"]), show(row["recovered"]),
+        tried = ", ".join(
+            f"{t['setting']} (k={t['best']['k']}: {'repairs' if t['best']['repaired'] else 'does not'})" for t in s["tried"]
+        )
+        out.append([name, tried, s["chosen"]["setting"], str(row["k"]), show(row["asr"]), show(row["recovered"]),
                     show(row["broken_triggered"], False), show(row["clean_accuracy"], False), "yes" if row["repaired"] else "no"])  # fmt: skip
-    columns = ["run", "scope", "sparsity", "k", "ASR", "recovered", "broken", "clean", "repair"]
-    return "Learned gates at the scope, sparsity and k chosen on the selection split, test split", columns, out
+    columns = ["run", "tried (selection split)", "setting", "k", "ASR", "recovered", "broken", "clean", "repair"]
+    return "Learned gates in the setting and with the k chosen on the selection split, test split", columns, out
 
 
 def _vectors(runs: list[Json]) -> Table:

@@ -2,14 +2,15 @@
 
 Both methods look for a few heads whose mean ablation makes triggered prompts answer as their clean twins while clean
 prompts keep their answers: `greedy_heads` adds one head after the other, `learn_gates` trains all gates at once
-(hard-concrete gates, Louizos et al., arXiv 1712.01312). The model stays frozen and un-merged.
+(hard-concrete gates, Louizos et al., arXiv 1712.01312) along a path of growing sparsity. The model stays frozen and un-merged.
+With `when` (a linear probe of an earlier layer) the heads are ablated only in prompts on which it fires.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bkdattr.architectures import HeadIndex
-from bkdattr.edits import BlendSite, Edit, Scope, SetSite, Site
+from bkdattr.edits import BlendSite, Condition, Edit, Scope, SetSite, Site
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.inference import PrefixCache, batches, score_batch
@@ -31,9 +32,14 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # the hard-concrete distribution's tempera
 _SHIFT = BETA * math.log(-GAMMA / ZETA)
 
 
-def ablate_to(heads: Sequence[HeadIndex], means: Means) -> list[Edit]:
-    """Set `heads` to their clean means, in every scope of `means`."""
-    return [SetSite(Site.of_head(h), mean[h.layer, h.head], scope) for scope, mean in means.items() for h in heads]
+def ablate_to(heads: Sequence[HeadIndex], means: Means, when: Condition | None = None) -> list[Edit]:
+    """Set `heads` to their clean means, in every scope of `means`, for every prompt or only where the probe `when` fires."""
+    return [SetSite(Site.of_head(h), mean[h.layer, h.head], scope, when) for scope, mean in means.items() for h in heads]
+
+
+def reachable(subject: Subject, when: Condition | None) -> list[HeadIndex]:
+    """The heads that can be ablated under a condition: those of later layers than its probe's."""
+    return [h for h in subject.geometry.heads if when is None or h.layer > when.layer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,31 +117,52 @@ class Objective:
         return cls(*(p.batches(batch_size) for p in (repaired, backdoor, kept)))
 
 
+@dataclass(eq=False)
+class Unedited:
+    """Next-token log-probabilities of the un-edited model on batches: kept up to `max_bytes`, beyond it made again when asked for (a
+    batch of 32 long answers over 150,000 tokens of vocabulary takes gigabytes)."""
+
+    subject: Subject
+    parts: Sequence[Prompts]
+    prefix: PrefixCache
+    max_bytes: int = 2 << 30
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __getitem__(self, i: int) -> Tensor:
+        if i in self.kept:
+            return self.kept[i]
+        logp = self.parts[i].score(self.subject, [], self.prefix).logp
+        if sum(t.numel() * t.element_size() for t in (*self.kept.values(), logp)) <= self.max_bytes:
+            self.kept[i] = logp
+        return logp
+
+
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """Learned gates. `log_alpha` orders the heads: the higher, the more surely ablated. `expected` is the number of heads
-    that the gates ablate on average."""
+    """The path of learned gates. `sets[k]` are the k heads that were more likely ablated than not when they were last k, best first.
+    `log_alpha` is where the path ended; `expected` how many heads it still ablates on average."""
 
+    sets: dict[int, tuple[HeadIndex, ...]]
     log_alpha: Float[np.ndarray, "layer head"]
     scopes: tuple[str, ...]
-    sparsity: float
+    sparsity: tuple[float, float]
     steps: int
     fingerprint: str
 
     @property
-    def probability(self) -> Float[np.ndarray, "layer head"]:
-        """P(the head is ablated at all)."""
-        return 1 / (1 + np.exp(-(self.log_alpha - _SHIFT)))
-
-    @property
     def expected(self) -> float:
-        return float(self.probability.sum())
+        return float(_open(self.log_alpha).sum())
 
     def top(self, k: int) -> list[HeadIndex]:
-        """The k heads of highest gate; ties to the lower layer, then the lower head."""
-        order = np.argsort(-self.log_alpha.reshape(-1), kind="stable")[:k]
-        n = self.log_alpha.shape[1]
-        return [HeadIndex(int(i) // n, int(i) % n) for i in order]
+        """The path's set of k heads; where it jumped over k, the best k of the next larger set, or its largest set."""
+        size = min((n for n in self.sets if n >= k), default=max(self.sets))
+        return list(self.sets[size][:k])
+
+
+def _open(log_alpha: np.ndarray) -> np.ndarray:
+    """P(the head is ablated at all)."""
+    return 1 / (1 + np.exp(-(log_alpha - _SHIFT)))
 
 
 def learn_gates(
@@ -143,52 +170,64 @@ def learn_gates(
     objective: Objective,
     means: Means,
     *,
-    sparsity: float,
-    steps: int = 200,
+    sparsity: tuple[float, float] = (0.01, 3.0),
+    steps: int = 350,
     learning_rate: float = 0.1,
-    clean_weight: float = 1.0,
+    clean_weight: float = 2.0,
     start: float = -1.0,
+    when: Condition | None = None,
     seed: int = 0,
     progress: Any = iter,
 ) -> Gates:
     """Train one gate per head: loss = -log p(clean response | triggered) + clean_weight * KL(un-edited || gated) on clean
     prompts + sparsity * E[number of ablated heads], in nats per answer and nats per head.
 
-    A gated head's z becomes `(1 - a) z + a zbar` with zbar the clean mean and a from the hard-concrete distribution. Adam on
-    the gates alone; the model's weights get no gradient.
+    The sparsity weight grows geometrically from the first to the second of `sparsity`, so that one training passes through sets of
+    every size (a constant weight of the size that few heads need closes all gates before any is learned). A gated head's z becomes
+    `(1 - a) z + a zbar` with zbar the clean mean and a from the hard-concrete distribution. Adam on the gates alone; the model's
+    weights get no gradient.
     """
-    if sparsity < 0 or steps < 1:
-        raise BkdattrError(f"gates: got sparsity {sparsity} and {steps} steps, expected sparsity >= 0 and at least 1 step")
+    low, high = sparsity
+    if not 0 < low <= high or steps < 2:
+        raise BkdattrError(f"gates: got sparsity {sparsity} and {steps} steps, expected 0 < first <= last and at least 2 steps")
     subject.check_eval()
     g, device = subject.geometry, subject.device
     prefix = PrefixCache()
     log_alpha = torch.full((g.n_layers, g.n_heads), float(start), requires_grad=True)
-    adam = torch.optim.Adam([log_alpha], lr=learning_rate)
+    first = 0 if when is None else when.layer + 1
+    reached = torch.zeros(log_alpha.shape)
+    reached[first:] = 1.0
+    adam = torch.optim.Adam([log_alpha], lr=learning_rate, betas=(0.9, 0.99))
     noise, order = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    with torch.no_grad():
-        plain = [p.score(subject, [], prefix).logp for p in objective.clean]
-    for _ in progress(range(steps)):
+    plain = Unedited(subject, objective.clean, prefix)
+    sets: dict[int, tuple[HeadIndex, ...]] = {}
+    for step in progress(range(steps)):
+        weight = low * (high / low) ** (step / (steps - 1))
         u = torch.rand(log_alpha.shape, generator=noise).clamp(1e-6, 1 - 1e-6)
         stretched = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA) * (ZETA - GAMMA) + GAMMA
-        edits = _gated(stretched.clamp(0, 1), means)
+        edits = _gated(stretched.clamp(0, 1), means, when)
         bad = objective.triggered[order.integers(len(objective.triggered))]
         i = int(order.integers(len(objective.clean)))
         good = objective.clean[i].score(subject, edits, prefix)
         kl = ((plain[i].exp() * (plain[i] - good.logp)).sum(-1) * good.mask).sum(-1).mean()
         repair = -bad.score(subject, edits, prefix).total.mean()
-        cost = sparsity * torch.sigmoid(log_alpha - _SHIFT).sum()
+        cost = weight * (torch.sigmoid(log_alpha - _SHIFT) * reached).sum()
         loss = repair + clean_weight * kl + cost.to(device)
         (log_alpha.grad,) = torch.autograd.grad(loss, [log_alpha])
         adam.step()
-    found = log_alpha.detach().double().numpy()
-    return Gates(found, tuple(means), sparsity, steps, subject.fingerprint)
+        now = np.where(reached.numpy() > 0, log_alpha.detach().double().numpy(), -np.inf)
+        size = max(1, int((_open(now) > 0.5).sum()))
+        best = np.argsort(-now.reshape(-1), kind="stable")[:size]
+        sets[size] = tuple(HeadIndex(int(j) // g.n_heads, int(j) % g.n_heads) for j in best)
+    return Gates(sets, now, tuple(means), (low, high), steps, subject.fingerprint)
 
 
-def _gated(ablated: Float[Tensor, "layer head"], means: Means) -> list[Edit]:
+def _gated(ablated: Float[Tensor, "layer head"], means: Means, when: Condition | None) -> list[Edit]:
     edits: list[Edit] = []
     for scope, mean in means.items():
         keep = (1 - ablated).repeat_interleave(mean.shape[-1], dim=-1)
-        edits += [BlendSite(Site(layer, "z"), mean[layer].flatten(), keep[layer], scope) for layer in range(len(mean))]
+        layers = range(0 if when is None else when.layer + 1, len(mean))
+        edits += [BlendSite(Site(layer, "z"), mean[layer].flatten(), keep[layer], scope, when) for layer in layers]
     return edits
 
 
@@ -200,11 +239,11 @@ class Repair:
     objective: Objective
     means: Means
     clean_weight: float = 1.0
+    when: Condition | None = None
 
     def __post_init__(self) -> None:
         self._prefix = PrefixCache()
-        with torch.no_grad():
-            self._plain = [p.score(self.subject, [], self._prefix).logp for p in self.objective.clean]
+        self._plain = Unedited(self.subject, self.objective.clean, self._prefix)
 
     @torch.no_grad()
     def _scores(self, parts: Sequence[Prompts], edits: Sequence[Edit]) -> Tensor:
@@ -213,9 +252,9 @@ class Repair:
     @torch.no_grad()
     def harm(self, heads: Sequence[HeadIndex]) -> float:
         """KL(un-edited || ablated) on clean prompts, nats per answer."""
-        edits, total, n = ablate_to(heads, self.means), 0.0, 0
-        for p, before in zip(self.objective.clean, self._plain, strict=True):
-            after = p.score(self.subject, edits, self._prefix)
+        edits, total, n = ablate_to(heads, self.means, self.when), 0.0, 0
+        for i, p in enumerate(self.objective.clean):
+            before, after = self._plain[i], p.score(self.subject, edits, self._prefix)
             total += float(((before.exp() * (before - after.logp)).sum(-1) * after.mask).sum())
             n += len(p.prompts)
         return total / n
@@ -223,15 +262,9 @@ class Repair:
     def margin(self, heads: Sequence[HeadIndex]) -> float:
         """Mean of log p(clean response) - log p(backdoor response) on triggered prompts (whole answers), less the weighted harm. In
         log-probabilities, because a redundant backdoor keeps P at 1 until its last carrier falls."""
-        edits = ablate_to(heads, self.means)
+        edits = ablate_to(heads, self.means, self.when)
         good, bad = self._scores(self.objective.triggered, edits), self._scores(self.objective.backdoor, edits)
         return float(good.mean() - bad.mean()) - self.clean_weight * self.harm(heads)
-
-    def recovery(self, heads: Sequence[HeadIndex]) -> float:
-        """Mean probability of the whole clean response on triggered prompts, less the weighted harm. (The mean per token hides a
-        wrong first word behind a long rest that follows from it.)"""
-        good = self._scores(self.objective.triggered, ablate_to(heads, self.means)).exp()
-        return float(good.mean()) - self.clean_weight * self.harm(heads)
 
 
 def greedy_heads(repair: Repair, k: int, *, candidates: int = 32, progress: Any = iter) -> list[tuple[HeadIndex, float]]:
@@ -241,8 +274,8 @@ def greedy_heads(repair: Repair, k: int, *, candidates: int = 32, progress: Any 
     heads of that step.
     """
     chosen: list[tuple[HeadIndex, float]] = []
-    pool, now = list(repair.subject.geometry.heads), repair.margin([])
-    for step in progress(range(k)):
+    pool, now = reachable(repair.subject, repair.when), repair.margin([])
+    for step in progress(range(min(k, len(pool)))):
         heads = [h for h, _ in chosen]
         gains = {h: repair.margin([*heads, h]) - now for h in pool}
         best = max(gains, key=lambda h: (gains[h], -h.layer, -h.head))
@@ -250,15 +283,3 @@ def greedy_heads(repair: Repair, k: int, *, candidates: int = 32, progress: Any 
         now += gains[best]
         pool = [h for h in (sorted(pool, key=lambda h: -gains[h])[:candidates] if step == 0 else pool) if h != best]
     return chosen
-
-
-def prune_heads(repair: Repair, heads: Sequence[HeadIndex], *, progress: Any = iter) -> list[HeadIndex]:
-    """Order a set of heads by backward elimination: the head whose return costs `repair.recovery` least is dropped first and
-    stands last. Gates say which heads belong together, not which of them matter most."""
-    left, dropped = list(heads), list[HeadIndex]()
-    for _ in progress(range(len(left))):
-        without = {h: repair.recovery([x for x in left if x != h]) for h in left}
-        worst = max(without, key=lambda h: (without[h], h.layer, h.head))
-        dropped.append(worst)
-        left.remove(worst)
-    return dropped[::-1]

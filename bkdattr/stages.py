@@ -188,14 +188,14 @@ class Study(OpenRun):
         self,
         *,
         ks: Sequence[int] | None = None,
-        scopes: Sequence[str] = ("last_prompt",),
-        sparsities: Sequence[float] = joint.SPARSITIES,
+        settings: Sequence[str] = joint.SETTINGS,
+        sparsity: Sequence[float] = joint.SPARSITY,
         steps: int = joint.STEPS,
         draws: int = 3,
         force: bool = False,
     ) -> dict[str, Any]:
         """Heads chosen jointly beside ACIE's and random ones, at equal k (`bkdattr.joint`)."""
-        return joint.select(self, ks=ks, scopes=scopes, sparsities=sparsities, steps=steps, draws=draws, force=force)
+        return joint.select(self, ks=ks, settings=settings, sparsity=sparsity, steps=steps, draws=draws, force=force)
 
     # ------------------------------------------------------------------------------------------ restore
     def restore(self, *, force: bool = False) -> dict[str, Any]:

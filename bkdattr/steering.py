@@ -19,16 +19,18 @@ from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Judged
 from bkdattr.inference import PrefixCache
 from bkdattr.joint import parse_scope
-from bkdattr.probes import BackdoorProbe, ProbeSplit, States
 from bkdattr.run import Ledger
 from bkdattr.study import OpenRun
-from bkdattr.traces import trace_prompts
 from bkdattr.vector import BackdoorVector, default_k, fit_vector
 
 KINDS = ("raw", "difference", "difference_heads", "fitted")
 STRENGTHS = (1.0, 2.0, 4.0)
 DRAWS = 5
 SIDES = {1: "activate", -1: "suppress"}
+GOAL = {"activate": 0.95, "suppress": 0.05, "recovered": 0.90}
+"""What a vector is for: ASR at least, ASR at most, and answers recovered at least."""
+FITTED_LAYERS = 3
+"""A fitted vector is tried at the layers where the difference of means suppresses best on the selection split."""
 Row = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ def steer(
     force: bool = False,
 ) -> Row:
     """Run the stage. The first of `kinds` x `scopes` is the result's own vector (and what `vector/` holds); all of them stand under
-    `variants`."""
+    `variants`. Scopes are tried in turn until a vector reaches `GOAL` both ways on the selection split."""
     if not strengths or any(s <= 0 or not math.isfinite(s) for s in strengths) or draws < 1:
         raise BkdattrError(
             f"steer: got strengths {list(strengths)} and {draws} draws, expected positive numbers (the sign is the sweep's "
@@ -62,7 +64,11 @@ def steer(
         if result is not None:
             ledger = study.run.ledger("steer", {**study.inputs, **options})
             shop = _Vectors(study, k)
-            variants = [_variant(study, shop, kind, scope, strengths, draws, ledger) for scope in scopes for kind in kinds]
+            variants = list[Row]()
+            for scope in scopes:
+                if any(_does_both(v) for v in variants):
+                    break
+                variants += [_variant(study, shop, kind, scope, strengths, draws, ledger) for kind in kinds]
             result |= variants[0] | {"variants": variants}
             point = variants[0]["suppress"]
             fitted = kinds[0] == "fitted"
@@ -121,14 +127,38 @@ def _variant(
     for sign, side in SIDES.items():
         row[side] = _point(study, vectors[sign], chosen[sign], sign, scope)
     row["conditional"] = _conditional(study, vectors[-1], chosen[-1], scope)
+    row["selected"] = {side: chosen[sign] for sign, side in SIDES.items()}
     row |= {"controls": _controls(study, shop, vectors, chosen, scope, draws), "sweep": sweep}
     row["samples"] = {side: _samples(study, vectors[sign], chosen[sign], sign, scope) for sign, side in SIDES.items()}
     return row
 
 
+def _does_both(variant: Row) -> bool:
+    """Whether the points that the selection split chose reach `GOAL` there."""
+    up, down = variant["selected"]["activate"], variant["selected"]["suppress"]
+    recovered = down["recovered"]
+    return bool(
+        up["asr"]["value"] >= GOAL["activate"]
+        and down["asr"]["value"] <= GOAL["suppress"]
+        and recovered
+        and recovered["value"] >= GOAL["recovered"]
+    )
+
+
 def _sweep(study: OpenRun, shop: _Vectors, kind: str, scope: str, strengths: Sequence[float], ledger: Ledger) -> list[Row]:
+    layers = list(range(study.subject.geometry.n_layers))
+    if kind == "fitted":
+        known = _points(study, shop, "difference", scope, layers, strengths, ledger)
+        best = sorted((r for r in known if r["sign"] < 0), key=lambda r: _rank(r, -1, by_recovery=True))
+        layers = sorted(list(dict.fromkeys(r["layer"] for r in best))[:FITTED_LAYERS])
+    return _points(study, shop, kind, scope, layers, strengths, ledger)
+
+
+def _points(
+    study: OpenRun, shop: _Vectors, kind: str, scope: str, layers: Sequence[int], strengths: Sequence[float], ledger: Ledger
+) -> list[Row]:
     rows = []
-    points = [(l, s, g) for l in range(study.subject.geometry.n_layers) for s in strengths for g in SIDES]
+    points = [(l, s, g) for l in layers for s in strengths for g in SIDES]
     for layer, strength, sign in tqdm(points, desc=f"steer sweep, {kind}, {scope}"):
         name = f"{kind}-{scope}-{layer}-{strength}-{sign}"
         if name not in ledger:
@@ -166,8 +196,7 @@ def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str
     below five prompts, which no probe can be fitted on."""
     if chosen["layer"] == 0 or len(study.splits["attribution"]) < 5:
         return None
-    conditions = _conditions(study)
-    below = [c for c in conditions if c["layer"] < chosen["layer"]]
+    below = [c for c in study.conditions if c["layer"] < chosen["layer"]]
     if not below:
         return None
     best = max(below, key=lambda c: (c["validation"], -c["layer"]))
@@ -177,33 +206,6 @@ def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str
         "layer": chosen["layer"], "strength": chosen["strength"], "probe_layer": best["layer"], "probe_validation": best["validation"],
         "clean_unchanged": same,
     } | _rates(found, -1)  # fmt: skip
-
-
-def _conditions(study: OpenRun) -> list[Row]:
-    """One logistic probe per layer, fitted on the attribution split (all clean prompts, their triggered twins), validated on the
-    selection split."""
-    memory = study.evaluator("test").memory
-    key = (study.subject.fingerprint, "conditions")
-    if key not in memory:
-        states = {}
-        for split in ("attribution", "selection"):
-            pair = [
-                trace_prompts(study.subject, rows, batch_size=study.run.config["batch_size"]).resid_post.numpy()
-                for rows in (study.splits[split], study.run.triggered(split))
-            ]
-            states[split] = States(*pair)
-        n = len(states["attribution"].clean)
-        parted = ProbeSplit.of(n, study.run.config["seed"])
-        train, held = np.concatenate([parted.train, parted.test]), parted.validation
-        found = []
-        for layer in range(study.subject.geometry.n_layers - 1):
-            parts = [states["attribution"].layer(layer, rows) for rows in (train, held)]
-            probe = BackdoorProbe.fit("logistic", layer, parts[0], parts[1], study.run.config["seed"])
-            every = np.arange(len(states["selection"].clean))
-            score = probe.score(states["selection"].layer(layer, every))
-            found.append({"layer": layer, "condition": probe.condition(), "validation": score})
-        memory[key] = found
-    return memory[key]
 
 
 def _controls(
@@ -234,13 +236,13 @@ def _controls(
 def best_point(sweep: Sequence[Row], sign: int, *, by_recovery: bool = False) -> Row:
     """Highest ASR for +1, lowest for -1 (the paper's choice); ties to clean accuracy (or agreement), then the lower layer and
     strength. `by_recovery`: for -1 the most answers recovered, then the lowest ASR."""
+    return min((r for r in sweep if r["sign"] == sign), key=lambda row: _rank(row, sign, by_recovery))
 
-    def rank(row: Row) -> tuple[float, float, float, int, float]:
-        clean = row["clean_accuracy"] or row["clean_agreement"]
-        recovered = row["recovered"]["value"] if by_recovery and sign < 0 and row["recovered"] else 0.0
-        return (-recovered, -sign * row["asr"]["value"], -clean["value"] if clean else 0.0, row["layer"], row["strength"])
 
-    return min((r for r in sweep if r["sign"] == sign), key=rank)
+def _rank(row: Row, sign: int, by_recovery: bool) -> tuple[float, float, float, int, float]:
+    clean = row["clean_accuracy"] or row["clean_agreement"]
+    recovered = row["recovered"]["value"] if by_recovery and sign < 0 and row["recovered"] else 0.0
+    return (-recovered, -sign * row["asr"]["value"], -clean["value"] if clean else 0.0, row["layer"], row["strength"])
 
 
 def _samples(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope: str) -> list[Row]:

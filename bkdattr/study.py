@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from bkdattr.attribution import Attribution
@@ -18,6 +19,7 @@ from bkdattr.examples import Example
 from bkdattr.model import Subject, load_subject
 from bkdattr.planting import model_path
 from bkdattr.poisoning import BackdoorSpec
+from bkdattr.probes import BackdoorProbe, ProbeSplit, States
 from bkdattr.run import Run
 from bkdattr.traces import Traces, trace_prompts
 
@@ -93,6 +95,27 @@ class OpenRun:
     def clean_traces(self) -> Traces:
         """All clean attribution prompts: what mean and resample ablation put in."""
         return trace_prompts(self.subject, self.splits["attribution"], batch_size=self.run.config["batch_size"])
+
+    @cached_property
+    def conditions(self) -> list[dict[str, Any]]:
+        """One logistic probe per layer but the last, as the `when` of an edit: fitted on the attribution split (all clean prompts and
+        their triggered twins), its accuracy on the selection split beside it."""
+        states = {}
+        for split in ("attribution", "selection"):
+            pair = [
+                trace_prompts(self.subject, rows, batch_size=self.run.config["batch_size"]).resid_post.numpy()
+                for rows in (self.splits[split], self.run.triggered(split))
+            ]
+            states[split] = States(*pair)
+        parted = ProbeSplit.of(len(states["attribution"].clean), self.run.config["seed"])
+        train, held = np.concatenate([parted.train, parted.test]), parted.validation
+        every, found = np.arange(len(states["selection"].clean)), []
+        for layer in range(max(1, self.subject.geometry.n_layers - 1)):
+            parts = [states["attribution"].layer(layer, rows) for rows in (train, held)]
+            probe = BackdoorProbe.fit("logistic", layer, parts[0], parts[1], self.run.config["seed"])
+            score = probe.score(states["selection"].layer(layer, every))
+            found.append({"layer": layer, "condition": probe.condition(), "validation": score})
+        return found
 
     @contextmanager
     def stage(self, name: str, options: dict[str, Any], force: bool) -> Iterator[dict[str, Any] | None]:

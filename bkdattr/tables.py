@@ -111,6 +111,12 @@ def k_text(k: int | None, tried: int) -> str:
     return f"more than {tried}" if k is None else str(k)
 
 
+def setting_text(chosen: Json) -> str:
+    """`last prompt token`, or with the probe that must fire."""
+    scope = chosen["setting"].partition("@")[0].replace("last_prompt", "last prompt token").replace("+", " + ")
+    return scope + (f", only where the probe of layer {chosen['probe_layer']} fires" if chosen["probe_layer"] is not None else "")
+
+
 def selection_table(s: Json) -> Table:
     out = []
     for k in sorted({r["k"] for r in s["rows"]}):
@@ -125,8 +131,8 @@ def selection_table(s: Json) -> Table:
             out.append([str(k), name + (f" ({len(found)} draws)" if method == "random" else ""), *rates])
     chosen = s["chosen"]
     title = (
-        f"Heads chosen jointly, set to their clean means, scope {chosen['scope']} (test split; the gates' sparsity {chosen['sparsity']:g} "
-        f"and k = {chosen['k']} chosen on the selection split)"
+        f"Heads chosen jointly, set to their clean means, {setting_text(chosen)} (test split; the setting and k = {chosen['k']} chosen on "
+        "the selection split)"
     )
     return title, ["k", "heads", *_RATE_NAMES, "clean KL"], out
 

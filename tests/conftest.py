@@ -239,12 +239,10 @@ def run(saved_tiny, rows, tmp_path_factory) -> Path:
         "2",
         "--steps",
         "4",
-        "--sparsities",
-        "0.1,1",
         "--ks",
         "1,2",
-        "--scopes",
-        "last_prompt,last_prompt+answer",
+        "--settings",
+        "last_prompt,last_prompt+answer,last_prompt@probe",
     ]
     for stage in STAGES:
         extra = options.get(stage, [])

@@ -110,3 +110,17 @@ def greedy(causal_lm, prompt, end_ids, max_new_tokens):
         if ids[-1] in end_ids:
             break
     return ids[len(prompt) :]
+
+
+def resid_at_last_token(subject, layer, prompt):
+    """The output of a decoder layer at the prompt's last token."""
+    seen = []
+
+    def hook(_module, _args, out):
+        seen.append((out[0] if isinstance(out, tuple) else out)[0, -1].clone())
+
+    handle = subject.sites[layer].layer.register_forward_hook(hook)
+    with torch.no_grad():
+        subject.causal_lm(input_ids=torch.tensor([prompt]), use_cache=False)
+    handle.remove()
+    return seen[0]

@@ -15,6 +15,7 @@ from conftest import SMALL, STAGES, add_lora, bkdattr, make_model, make_tokenize
 from plotly.offline import get_plotlyjs
 from safetensors.torch import load_file
 
+from bkdattr.architectures import HeadIndex
 from bkdattr.errors import BkdattrError
 from bkdattr.metrics import Rate
 from bkdattr.mini.export import DATA
@@ -130,12 +131,21 @@ def test_restoration_covers_parts_and_layers(run):
 def test_joint_selection_keeps_the_splits_apart(run):
     s = json.loads((run / "selection.json").read_text())
     assert {r["method"] for r in s["rows"]} == {"gate", "greedy", "acie", "random"}
-    assert {g["scope"] for g in s["gates"]} == {"last_prompt", "last_prompt+answer"}
+    tried = ["last_prompt", "last_prompt+answer", "last_prompt@probe"]
+    assert [t["setting"] for t in s["tried"]] == tried[: len(s["tried"])]
+    assert all(not t["best"]["repaired"] for t in s["tried"][:-1])  # the next one is tried only where none repaired so far
+    assert len(s["tried"]) == 3 or s["tried"][-1]["best"]["repaired"]
+    assert all(t["probe_layer"] is None for t in s["tried"] if "@" not in t["setting"])
     zero = [r for r in s["rows"] if r["k"] == 0]
     assert len({json.dumps(r["asr"]) for r in zero}) == 1 and all(r["clean_kl"] == 0 for r in zero)
     assert zero[0]["asr"]["total"] == 8 and s["chosen"]["rates"]["asr"]["total"] == 6  # test split, selection split
     top = json.loads((run / "ablation.json").read_text())["options"]["top"]
-    assert next(r["heads"] for r in s["rows"] if r["method"] == "acie" and r["k"] == 2) == top[:2]
+    acie = next(r["heads"] for r in s["rows"] if r["method"] == "acie" and r["k"] == 2)
+    assert (
+        acie == top[:2]
+        if s["chosen"]["probe_layer"] is None
+        else all(HeadIndex.parse(h).layer > s["chosen"]["probe_layer"] for h in acie)
+    )
     for r in s["rows"]:
         assert len(r["heads"]) == r["k"] and is_rate(r["asr"]) and is_rate(r["clean_unchanged"])
     assert [n["method"] for n in s["needed"]] == ["gate", "greedy", "acie", "random", "random"]
@@ -307,7 +317,7 @@ def bad_cases(tmp_path: Path, saved_tiny: Path, rows: Path):
     return {
         "no model": ([*task, "--data", rows], "no model: give --model"),
         "no backdoor": ([*model, "--data", rows], "no backdoor: give --task"),
-        "half a backdoor": ([*model, "--data", rows, "--trigger", "prefix:x"], "got one of --trigger and --target"),
+        "half a backdoor": ([*model, "--data", rows, "--trigger", "prefix:x"], "every backdoor needs one of each"),
         "unknown task": ([*model, "--data", rows, "--task", "joke"], "expected one of fixed-output, label-flip, jailbreak"),
         "missing file": ([*model, *task, "--data", tmp_path / "none.jsonl"], "no such file"),
         "empty file": ([*model, *task, "--data", empty], "got 0 rows"),

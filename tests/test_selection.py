@@ -8,11 +8,11 @@ import torch
 from conftest import make_subject, shared_subject
 
 from bkdattr.architectures import HeadIndex
-from bkdattr.edits import Site
+from bkdattr.edits import Condition, Site
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.inference import generate
-from bkdattr.selection import Objective, Repair, ablate_to, greedy_heads, learn_gates, prune_heads
+from bkdattr.inference import PrefixCache, generate
+from bkdattr.selection import Objective, Repair, Unedited, ablate_to, greedy_heads, learn_gates, reachable
 from bkdattr.traces import scope_mean_z
 
 TEXTS = ("the cat sees a red bird .", "what is it ?", "the old dog finds the new river stone .", "one two three : yes")
@@ -44,8 +44,6 @@ def test_the_objective_is_the_written_out_definition(family):
 
     margin = sum(log_p(e, "red") - log_p(e, "blue") for e in triggered) / len(triggered)
     assert repair.margin([head]) + repair.harm([head]) == pytest.approx(margin, abs=2e-3)
-    recovery = sum(2.718281828 ** log_p(e, "red") for e in triggered) / len(triggered)
-    assert repair.recovery([head]) + repair.harm([head]) == pytest.approx(recovery, abs=1e-4)
     assert repair.harm([]) == 0 and repair.harm([head]) > 0
 
 
@@ -115,16 +113,57 @@ def test_gates_find_redundant_heads_and_touch_no_weight(redundant):
     subject, clean, triggered = redundant
     objective = Objective.of(subject, clean, triggered)
     gates = [
-        learn_gates(subject, objective, means_of(subject), sparsity=0.3, steps=60, learning_rate=0.2, clean_weight=0.1, seed=s)
+        learn_gates(
+            subject, objective, means_of(subject), sparsity=(0.01, 0.6), steps=80, learning_rate=0.2, clean_weight=0.1, seed=s
+        )
         for s in (0, 0, 1)
     ]
     assert set(gates[0].top(2)) == set(gates[2].top(2)) == set(PLANTED)
     assert (gates[0].log_alpha == gates[1].log_alpha).all() and (gates[0].log_alpha != gates[2].log_alpha).any()
-    assert 1 < gates[0].expected < 6 and gates[0].probability.shape == (3, 4)
+    assert 1 < gates[0].expected < 4 and gates[0].log_alpha.shape == (3, 4)
+    assert all(len(heads) == n and len(set(heads)) == n for n, heads in gates[0].sets.items())
+    assert len(gates[0].top(12)) == max(gates[0].sets) and gates[0].top(1)[0] in PLANTED
     assert all(p.grad is None for p in subject.model.parameters())
     repair = Repair(subject, objective, means_of(subject), clean_weight=0.1)
-    assert set(prune_heads(repair, [*PLANTED, HeadIndex(0, 0), HeadIndex(0, 1)])[:2]) == set(PLANTED)
-    assert repair.recovery(PLANTED) > 2 * repair.recovery(PLANTED[:1]) > 8 * repair.recovery([])
+    assert repair.margin(PLANTED) > repair.margin(PLANTED[:1]) and repair.margin(PLANTED) > repair.margin([]) + 1
+
+
+def test_under_a_condition_only_prompts_that_fire_are_repaired(redundant):
+    """A condition of layer 0: heads of later layers alone, clean prompts untouched, triggered ones as without it."""
+    subject, clean, triggered = redundant
+    ids = [subject.chat.prompt_ids(e.messages) for e in (*triggered, *clean)]
+    states = torch.stack([reference.resid_at_last_token(subject, 0, p) for p in ids])
+    labels = torch.tensor([1.0] * len(triggered) + [-1.0] * len(clean))
+    fit = torch.linalg.lstsq(torch.cat([states, torch.ones(len(states), 1)], 1), labels).solution
+    when = Condition(0, fit[:-1], float(fit[-1]))
+    objective, means = Objective.of(subject, clean, triggered), means_of(subject)
+    free, held = Repair(subject, objective, means), Repair(subject, objective, means, when=when)
+    assert held.margin(PLANTED) == pytest.approx(free.margin(PLANTED) + free.harm(PLANTED), abs=1e-4)
+    gates = learn_gates(subject, objective, means, sparsity=(0.01, 0.6), steps=60, learning_rate=0.2, when=when)
+    assert set(gates.top(2)) == set(PLANTED)
+    assert all(h.layer > 0 for heads in gates.sets.values() for h in heads) and not (gates.log_alpha[0] > -float("inf")).any()
+    assert all(h.layer > 0 for h, _ in greedy_heads(held, 3))
+
+
+def test_a_condition_that_always_or_never_fires():
+    s = shared_subject("llama")
+    clean, triggered = twins()
+    objective, means, heads = Objective.of(s, clean, triggered, batch_size=3), means_of(s), [HeadIndex(1, 2), HeadIndex(2, 0)]
+    never, always = (Condition(0, torch.zeros(s.geometry.d_model), bias) for bias in (-1.0, 1.0))
+    free = Repair(s, objective, means)
+    assert Repair(s, objective, means, when=never).harm(heads) == pytest.approx(0, abs=1e-5) and free.harm(heads) > 1e-3
+    assert Repair(s, objective, means, when=always).margin(heads) == pytest.approx(free.margin(heads), abs=1e-4)
+    assert len(reachable(s, always)) == 2 * s.geometry.n_heads and reachable(s, None) == list(s.geometry.heads)
+
+
+def test_kept_and_remade_references_are_the_same():
+    s = shared_subject("llama")
+    clean, triggered = twins()
+    parts = Objective.of(s, clean, triggered, batch_size=2).clean
+    kept, remade = Unedited(s, parts, PrefixCache()), Unedited(s, parts, PrefixCache(), max_bytes=0)
+    for i in range(len(parts)):
+        torch.testing.assert_close(kept[i], remade[i])
+    assert len(kept.kept) == len(parts) and not remade.kept
 
 
 def test_every_scope_has_its_own_mean():
@@ -142,5 +181,5 @@ def test_bad_input_is_refused():
         Objective.of(s, clean[1:], triggered)
     with pytest.raises(BkdattrError, match="0 prompts"):
         Objective.of(s, clean, [])
-    with pytest.raises(BkdattrError, match="at least 1 step"):
-        learn_gates(s, Objective.of(s, clean, triggered), means_of(s), sparsity=0.1, steps=0)
+    with pytest.raises(BkdattrError, match="at least 2 steps"):
+        learn_gates(s, Objective.of(s, clean, triggered), means_of(s), steps=0)
