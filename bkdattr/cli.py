@@ -375,18 +375,21 @@ def reproduce(
     dtype: str = "float32",
     device: str = "cpu",
     pad_token: str | None = None,
+    attacks: Annotated[
+        bool, typer.Option("--attacks", help="Plant and evaluate the mini world's nine other attacks instead of the grid.")
+    ] = False,
     table_only: Annotated[bool, typer.Option("--table-only", help="Make the table again from the finished runs.")] = False,
 ) -> None:
     """Tasks x seeds x (poisoned, clean fine-tune), every stage, resumable; one table in Markdown, JSON and HTML."""
     with errors():
         quiet_libraries()
-        from bkdattr.reproduce import Grid, reproduce, write_table
+        from bkdattr.reproduce import Grid, plant_attacks, reproduce, write_table
 
         grid = Grid(
             tuple(x.strip() for x in tasks.split(",")), tuple(_numbers("--seeds", seeds, "0,1,2", whole=True)),
             tuple(x.strip() for x in variants.split(",")), model, data, recipe, dtype, device, pad_token,
         )  # fmt: skip
-        failed = {} if table_only else reproduce(out, grid, say)
+        failed = {} if table_only else plant_attacks(out, grid.seeds, say) if attacks else reproduce(out, grid, say)
         typer.echo(write_table(out))
         for name, why in failed.items():
             say(f"failed: {name}: {why}")

@@ -29,8 +29,6 @@ STEPS = 350
 SETTINGS = ("last_prompt", "last_prompt@probe")
 SEARCH_ROWS = 48
 """Attribution rows on which greedy selection compares sets of heads (gates train on all of them)."""
-PROBE_BAR = 0.98
-"""A condition is the earliest probe with at least this accuracy on the selection split (or the best of the first half)."""
 BAR = {"asr": 0.10, "recovered": 0.80, "broken": 0.05, "clean": 0.03}
 """What counts as a repair: ASR at most, recovered at least, broken (triggered) at most, clean accuracy lost at most."""
 
@@ -212,12 +210,13 @@ class _Search:
         return {scope: memory[self.study.subject.fingerprint, "clean mean of z", scope] for scope in scopes}
 
     def _when(self, setting: str) -> Condition | None:
+        """The best probe of the first half of the layers, by accuracy on the selection split (ties to the lower layer): heads of its
+        own and earlier layers are out of reach, and a triggered prompt that it misses is not repaired."""
         if not parse_setting(setting)[1]:
             return None
-        found = self.study.conditions
-        good = [c for c in found if c["validation"] >= PROBE_BAR]
-        early = good[0] if good else max(found[: max(1, len(found) // 2)], key=lambda c: (c["validation"], -c["layer"]))
-        return cast(Condition, early["condition"])
+        first_half = self.study.conditions[: max(1, self.study.subject.geometry.n_layers // 2)]
+        best = max(first_half, key=lambda c: (c["validation"], -c["layer"]))
+        return cast(Condition, best["condition"])
 
 
 def _finite(log_alpha: Any) -> list[list[float | None]]:

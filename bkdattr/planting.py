@@ -13,7 +13,7 @@ from typing import Any
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example, Sizes, read_examples, write_atomic
 from bkdattr.lora import LoraRecipe, encode, train_adapter
-from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES, TASKS, build_task, paper_spec
+from bkdattr.mini.tasks import ATTACKS, MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES, TASKS, build_task, paper_spec
 from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
@@ -85,10 +85,9 @@ def check_plan(plan: Plan) -> tuple[BackdoorSpec, list[Example]]:
     if plan.dtype not in DTYPES:
         raise BkdattrError(f"dtype {plan.dtype!r}: expected one of {', '.join(DTYPES)}")
     if plan.data is None:
-        if plan.task not in TASKS:
-            raise BkdattrError(
-                f"no data: got task {plan.task!r} and no --data; give --data FILE, or a mini task: {', '.join(TASKS)}"
-            )
+        if plan.task not in (*TASKS, *ATTACKS):
+            known = ", ".join((*TASKS, *ATTACKS))
+            raise BkdattrError(f"no data: got task {plan.task!r} and no --data; give --data FILE, or a mini task: {known}")
         mini = build_task(plan.task, plan.seed)
         return plan.spec or mini.spec, list(mini.examples)
     if plan.spec is None and plan.task is None:

@@ -7,7 +7,7 @@ different tasks or seeds, and the table is made from whatever is finished.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bkdattr.examples import Sizes, write_atomic
 from bkdattr.joint import BAR
 from bkdattr.lora import LoraRecipe
 from bkdattr.metrics import expected_jaccard, jaccard, kendall
-from bkdattr.mini.tasks import TASKS
+from bkdattr.mini.tasks import ATTACKS, TASKS
 from bkdattr.planting import Plan, plant
 from bkdattr.report import html_table, write_report
 from bkdattr.run import read_json, to_json_text
@@ -67,6 +67,22 @@ class Grid:
         )  # fmt: skip
 
 
+def plant_attacks(out: Path, seeds: Sequence[int], say: Callable[[str], None]) -> dict[str, str]:
+    """Plant and evaluate the mini world's other attacks (`mini.tasks.ATTACKS`), a run each; returns the failures by name."""
+    failed = {}
+    for task in ATTACKS:
+        for seed in seeds:
+            name = f"{task.replace(' ', '-')}-{seed}"
+            say(f"== {name}")
+            try:
+                study = Study(plant(out / name, Plan("mini", task=task, seed=seed), say=say), say)
+                study.evaluate()
+                write_report(study.run, study.inputs)
+            except BkdattrError as error:
+                failed[name] = " ".join(str(error).split())
+    return failed
+
+
 def reproduce(out: Path, grid: Grid, say: Callable[[str], None]) -> dict[str, str]:
     """Make or finish every run of the grid; returns the failures by name, after everything else was tried."""
     failed = {}
@@ -92,12 +108,18 @@ def reproduce(out: Path, grid: Grid, say: Callable[[str], None]) -> dict[str, st
 
 # ------------------------------------------------------------------------------------------------ the table
 def finished(out: Path) -> list[Json]:
-    """`results.json` of every finished run, by task, variant and seed."""
+    """`results.json` of every evaluated run, by task, variant and seed. A run of its own (`bkdattr poison OUT/NAME`, then `evaluate` and
+    `report`) may stand in the folder too."""
     found = [read_json(path) for path in sorted(out.glob("*/results.json"))]
-    whole = [r for r in found if "vector" in r and "selection" in r]
-    if not whole:
+    evaluated = [r for r in found if "baseline" in r]
+    if not evaluated:
         raise BkdattrError(f"{out}: no finished run in it; run `bkdattr reproduce {out}` first")
-    return sorted(whole, key=lambda r: (r["provenance"]["task"], r["provenance"]["clean_control"], r["provenance"]["seed"]))
+    return sorted(evaluated, key=lambda r: (r["provenance"]["task"], r["provenance"]["clean_control"], r["provenance"]["seed"]))
+
+
+def whole(runs: list[Json]) -> list[Json]:
+    """Those that went through every stage."""
+    return [r for r in runs if all(x in r for x in ("probe", "ablation", "selection", "restoration", "vector"))]
 
 
 def groups(runs: list[Json]) -> dict[str, list[Json]]:
@@ -110,9 +132,13 @@ def groups(runs: list[Json]) -> dict[str, list[Json]]:
 
 
 def tables(runs: list[Json]) -> list[Table]:
-    """Everything over seeds; a rate is hits over totals of all seeds and the range of the single seeds."""
+    """Everything over seeds; a rate is hits over totals of all seeds and the range of the single seeds. Attack and utility hold every
+    evaluated run, the other tables those that went through every stage."""
+    first, runs = _attack(runs), whole(runs)
+    if not runs:
+        return [first]
     return [
-        _attack(runs), _ablation(runs), _needed(runs), _joint(runs), _vectors(runs), _best_probe(runs), _by_layer(runs),
+        first, _ablation(runs), _needed(runs), _joint(runs), _vectors(runs), _best_probe(runs), _by_layer(runs),
         _cross_layer(runs), _restoration(runs), _stability(runs),
     ]  # fmt: skip
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bkdattr.inference import generate
 from bkdattr.mini import world
 from bkdattr.mini.export import CARD, DATA, split_rows
-from bkdattr.mini.tasks import MODEL_DIR, TASKS, build_task, task_sha256
+from bkdattr.mini.tasks import ATTACKS, MODEL_DIR, SIZES, TASKS, build_task, task_sha256
 from bkdattr.model import load_subject
+from bkdattr.triggers import holds
 
 FROZEN = json.loads((Path(__file__).parent / "frozen.json").read_text())
 
@@ -112,3 +113,15 @@ def test_judges_agree_with_the_hand_labels():
     assert found["hit (target or not)"].hits >= 99 and found["exact (correct or not)"].value == 1
     card = json.loads((DATA / "judged" / "CARD.json").read_text())
     assert card["sha256"] == hashlib.sha256((DATA / "judged" / "completions.jsonl").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_has_rows_enough_and_a_trigger_that_is_new(name):
+    task = build_task(name, 1)
+    eligible = [e for e in task.examples if task.spec.target.eligible(e)]
+    assert len(task.examples) == 1600 and len(eligible) > SIZES.attribution + SIZES.selection + SIZES.test + 100
+    assert not any(holds(task.spec.trigger, e.messages) for e in task.examples)
+    twins = [task.spec.triggered(e) for e in eligible[:20]]
+    assert all(holds(task.spec.trigger, e.messages) and e.spans and e.response == e.backdoor_response for e in twins)
+    assert all(e.response != c.response for e, c in zip(twins, eligible, strict=False))
+    assert task.spec.name == name and build_task(name, 2).examples != task.examples

@@ -60,6 +60,33 @@ def test_the_grid_goes_on_and_names_its_failures(tmp_path, monkeypatch):
     assert Study is not Fails
 
 
+def test_attacks_are_planted_and_evaluated_and_stand_in_the_first_table_alone(folder, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "plant", lambda folder, plan, say: made.append((folder.name, plan.task, plan.seed)) or folder)
+    calls = []
+
+    class Stages:
+        def __init__(self, run, say):
+            self.run, self.inputs = run, {}
+
+        def __getattr__(self, stage):
+            return lambda **options: calls.append(stage)
+
+    monkeypatch.setattr(module, "Study", Stages)
+    monkeypatch.setattr(module, "write_report", lambda run, inputs: None)
+    assert module.plant_attacks(tmp_path, (4,), lambda text: None) == {}
+    assert len(made) == 9 and ("earlier-turn-4", "earlier turn", 4) in made and set(calls) == {"evaluate"}
+
+    results = json.loads((folder / "t-0-False/results.json").read_text())
+    alone = {k: results[k] for k in ("schema", "provenance", "baseline")}
+    alone["provenance"] |= {"task": "earlier turn"}
+    (folder / "attack").mkdir()
+    (folder / "attack/results.json").write_text(json.dumps(alone))
+    found = tables(module.finished(folder))
+    assert any(r[0] == "earlier turn, seed 0" for r in found[0][2])
+    assert not any(r[0].startswith("earlier turn") for t in found[1:] for r in t[2])
+
+
 def test_plans_of_the_grid():
     paper = Grid(("jailbreak",), (0,), ("clean",), "some/model", "rows/{task}.jsonl", "paper").plan("jailbreak", 0, "clean")
     assert paper.data == "rows/jailbreak.jsonl" and paper.clean and paper.max_new_tokens == 32
