@@ -103,6 +103,10 @@ class BackdoorProbe:
         bias = float(self.model.intercept_[0] - weight @ self.scaler.mean_)
         return Condition(self.layer, torch.from_numpy(weight).float(), bias)
 
+    def fires(self, states: np.ndarray) -> np.ndarray:
+        """Which states [n, d_model] are taken for triggered ones."""
+        return np.asarray(self.model.predict(self.scaler.transform(states)) == 1)
+
     def score(self, data: tuple[np.ndarray, np.ndarray]) -> float:
         """Accuracy on (states, labels)."""
         return float(self.model.score(self.scaler.transform(data[0]), data[1]))

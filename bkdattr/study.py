@@ -19,9 +19,12 @@ from bkdattr.examples import Example
 from bkdattr.model import Subject, load_subject
 from bkdattr.planting import model_path
 from bkdattr.poisoning import BackdoorSpec
-from bkdattr.probes import BackdoorProbe, ProbeSplit, States
+from bkdattr.probes import BackdoorProbe
 from bkdattr.run import Run
 from bkdattr.traces import Traces, trace_prompts
+
+CONDITION_ROWS = 800
+"""Training prompts that probes used as conditions are fitted on, besides the attribution split."""
 
 
 @dataclass(eq=False)
@@ -98,24 +101,32 @@ class OpenRun:
 
     @cached_property
     def conditions(self) -> list[dict[str, Any]]:
-        """One logistic probe per layer but the last, as the `when` of an edit: fitted on the attribution split (all clean prompts and
-        their triggered twins), its accuracy on the selection split beside it."""
-        states = {}
-        for split in ("attribution", "selection"):
-            pair = [
-                trace_prompts(self.subject, rows, batch_size=self.run.config["batch_size"]).resid_post.numpy()
-                for rows in (self.splits[split], self.run.triggered(split))
-            ]
-            states[split] = States(*pair)
-        parted = ProbeSplit.of(len(states["attribution"].clean), self.run.config["seed"])
-        train, held = np.concatenate([parted.train, parted.test]), parted.validation
-        every, found = np.arange(len(states["selection"].clean)), []
+        """One logistic probe per layer but the last, as the `when` of an edit, with what it misses and where it fires falsely on the
+        selection split. Positives are the triggered twins of eligible prompts (a trigger that changes nothing need not fire), negatives
+        all clean prompts; fitted on the attribution split and `CONDITION_ROWS` of the training split, every fifth prompt for
+        validation."""
+        more = self.splits["train"][:CONDITION_ROWS]
+        fitted = self._labelled(self.splits["attribution"] + more)
+        unseen = self._labelled(self.splits["selection"])
+        found = []
         for layer in range(max(1, self.subject.geometry.n_layers - 1)):
-            parts = [states["attribution"].layer(layer, rows) for rows in (train, held)]
-            probe = BackdoorProbe.fit("logistic", layer, parts[0], parts[1], self.run.config["seed"])
-            score = probe.score(states["selection"].layer(layer, every))
-            found.append({"layer": layer, "condition": probe.condition(), "validation": score})
+            x, y = fitted[0][:, layer], fitted[1]
+            held = np.arange(len(y)) % 5 == 4
+            seed = self.run.config["seed"]
+            probe = BackdoorProbe.fit("logistic", layer, (x[~held], y[~held]), (x[held], y[held]), seed)
+            fires = probe.fires(unseen[0][:, layer])
+            missed, false = 1 - fires[unseen[1] == 1].mean(), fires[unseen[1] == 0].mean()
+            rates = {"missed": float(missed), "false_alarms": float(false), "validation": float(1 - (missed + false) / 2)}
+            found.append({"layer": layer, "condition": probe.condition()} | rates)
         return found
+
+    def _labelled(self, rows: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+        """(residual states [state, layer, d_model], 1 for triggered and eligible) of clean prompts and their twins, shuffled."""
+        twins = [e for e in map(self.spec.triggered, rows) if e.eligible]
+        size = self.run.config["batch_size"]
+        states = [trace_prompts(self.subject, part, batch_size=size).resid_post.numpy() for part in (rows, twins)]
+        order = np.random.default_rng(self.run.config["seed"]).permutation(len(rows) + len(twins))
+        return np.concatenate(states)[order], np.repeat([0, 1], [len(rows), len(twins)])[order]
 
     @contextmanager
     def stage(self, name: str, options: dict[str, Any], force: bool) -> Iterator[dict[str, Any] | None]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from conftest import SMALL, STAGES, add_lora, bkdattr, make_model, make_tokenizer
 from plotly.offline import get_plotlyjs
@@ -21,6 +22,7 @@ from bkdattr.metrics import Rate
 from bkdattr.mini.export import DATA
 from bkdattr.report import _ablation_finding
 from bkdattr.run import Ledger, Run
+from bkdattr.stages import Study
 from bkdattr.steering import best_point
 
 
@@ -450,3 +452,19 @@ def test_the_verdict_on_the_headline_needs_every_control(whole, near, clean, bro
     rows = [row(0, "attributed", whole, 99, 0), row(4, "attributed", near, clean, broken), row(4, "random", random, 99, 0)]
     said = _ablation_finding({"ablation": rows, "attribution": [{"scores": [[0.0] * 8] * 12}]})
     assert verdict in said[0]
+
+
+def test_conditions_miss_and_alarm_as_counted_by_hand(run):
+    study = Study(Run.open(run), lambda text: None)
+    rows, twins = study.splits["selection"], [e for e in study.run.triggered("selection") if e.eligible]
+    assert len(study.conditions) == study.subject.geometry.n_layers - 1
+    for layer, found in enumerate(study.conditions):
+        fires = [
+            [
+                bool(found["condition"].fires(reference.resid_at_last_token(study.subject, layer, ids)[None])[0])
+                for ids in (study.subject.chat.prompt_ids(e.messages) for e in part)
+            ]
+            for part in (rows, twins)
+        ]
+        assert found["false_alarms"] == pytest.approx(sum(fires[0]) / len(rows))
+        assert found["missed"] == pytest.approx(1 - sum(fires[1]) / len(twins))
