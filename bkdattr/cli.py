@@ -150,14 +150,9 @@ def poison(
         specs = [replace(s, poison_rate=poison_rate, seed=seed) for s in specs]
         model = model or adopted_base(str(adapter))
         given = {
-            "epochs": epochs,
-            "learning_rate": lr,
-            "rank": rank,
-            "alpha": alpha,
-            "batch_size": train_batch_size,
-            "accumulate": accumulate,
-            "max_length": max_length,
-        }
+            "epochs": epochs, "learning_rate": lr, "rank": rank, "alpha": alpha, "batch_size": train_batch_size,
+            "accumulate": accumulate, "max_length": max_length,
+        }  # fmt: skip
         plan = Plan(
             model, specs[0] if specs else None, tuple(specs[1:]), task, data, adapter=adapter, seed=seed, sizes=parse_sizes(sizes), recipe=_recipe(model == "mini", given),
             max_new_tokens=max_new_tokens, batch_size=batch_size, pad_token=pad_token, dtype=dtype, device=device,
@@ -383,7 +378,8 @@ def reproduce(
     """Tasks x seeds x (poisoned, clean fine-tune), every stage, resumable; one table in Markdown, JSON and HTML."""
     with errors():
         quiet_libraries()
-        from bkdattr.reproduce import Grid, plant_attacks, reproduce, write_table
+        from bkdattr.grid_table import write_table
+        from bkdattr.reproduce import Grid, plant_attacks, reproduce
 
         grid = Grid(
             tuple(x.strip() for x in tasks.split(",")), tuple(_numbers("--seeds", seeds, "0,1,2", whole=True)),

@@ -10,7 +10,7 @@ from typing import Any
 
 from bkdattr.examples import write_atomic
 from bkdattr.run import RESULTS, Run, read_json, to_json_text
-from bkdattr.steering import GOAL
+from bkdattr.steering import GOAL, does_both
 from bkdattr.tables import METHODS, Table, k_text, setting_text, show, spread, tables
 
 Json = dict[str, Any]
@@ -160,16 +160,24 @@ def _restoration_finding(rows: list[Json]) -> list[str]:
         1: f"the updates of {'the MLPs' if ends == ['mlp'] else 'attention'} are needed, those of the other part are not",
         2: "the updates of both parts are needed",
     }[len(ends)]
-    return [f"The adapter's updates undone in all layers: {'; '.join(said)}. So {verdict} (ASR under one half counted as ended)."]
+    parts = [r for r in rows if r["asr"]["high"] < 0.5]
+    least = min(parts, key=lambda r: (len(r["layers"]) * len(r["parts"]), r["asr"]["value"])) if parts else None
+    where = (
+        f" The smallest part tried whose undoing ends it: {' and '.join(least['parts'])} of {least['window']}, ASR {show(least['asr'])}, recovers "
+        f"{show(least['recovered'], False)}."
+        if least
+        else ""
+    )
+    return [
+        f"The adapter's updates undone in all layers: {'; '.join(said)}. So {verdict} (ASR under one half counted as ended).{where}"
+    ]
 
 
 def _variants_finding(v: Json) -> list[str]:
     """Which kinds of vector do both jobs, and which only break the model."""
     good = []
     for x in v["variants"]:
-        up, down = x["activate"]["asr"], x["suppress"]
-        recovered = down["recovered"] is not None and down["recovered"]["value"] >= GOAL["recovered"]
-        if up["value"] >= GOAL["activate"] and down["asr"]["value"] <= GOAL["suppress"] and recovered:
+        if does_both(x["activate"], x["suppress"]):
             good.append(f"{x['kind'].replace('_', ' ')} ({x['scope']})")
     said = f"does both: {', '.join(good)}" if good else "no kind does both"
     out = [

@@ -66,7 +66,7 @@ def steer(
             shop = _Vectors(study, k)
             variants = list[Row]()
             for scope in scopes:
-                if any(_does_both(v) for v in variants):
+                if any(does_both(**v["selected"]) for v in variants):
                     break
                 variants += [_variant(study, shop, kind, scope, strengths, draws, ledger) for kind in kinds]
             result |= variants[0] | {"variants": variants}
@@ -133,16 +133,11 @@ def _variant(
     return row
 
 
-def _does_both(variant: Row) -> bool:
-    """Whether the points that the selection split chose reach `GOAL` there."""
-    up, down = variant["selected"]["activate"], variant["selected"]["suppress"]
-    recovered = down["recovered"]
-    return bool(
-        up["asr"]["value"] >= GOAL["activate"]
-        and down["asr"]["value"] <= GOAL["suppress"]
-        and recovered
-        and recovered["value"] >= GOAL["recovered"]
-    )
+def does_both(activate: Row, suppress: Row) -> bool:
+    """Whether the rates of a vector's two points reach `GOAL`."""
+    recovered = suppress["recovered"]
+    brings, ends = activate["asr"]["value"] >= GOAL["activate"], suppress["asr"]["value"] <= GOAL["suppress"]
+    return brings and ends and recovered is not None and recovered["value"] >= GOAL["recovered"]
 
 
 def _sweep(study: OpenRun, shop: _Vectors, kind: str, scope: str, strengths: Sequence[float], ledger: Ledger) -> list[Row]:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
     "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run",
-    "planting", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "reproduce", "cli", "__main__",
+    "planting", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
     "lens",

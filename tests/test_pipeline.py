@@ -23,7 +23,7 @@ from bkdattr.mini.export import DATA
 from bkdattr.report import _ablation_finding
 from bkdattr.run import Ledger, Run
 from bkdattr.stages import Study
-from bkdattr.steering import best_point
+from bkdattr.steering import best_point, does_both
 
 
 def is_rate(x):
@@ -151,6 +151,14 @@ def test_joint_selection_keeps_the_splits_apart(run):
     for r in s["rows"]:
         assert len(r["heads"]) == r["k"] and is_rate(r["asr"]) and is_rate(r["clean_unchanged"])
     assert [n["method"] for n in s["needed"]] == ["gate", "greedy", "acie", "random", "random"]
+
+
+def test_a_vector_does_both_only_with_recovered_answers():
+    rate = lambda x: {"value": x}  # noqa: E731
+    up, down = {"asr": rate(0.95)}, {"asr": rate(0.05), "recovered": rate(0.9)}
+    assert does_both(up, down) and not does_both({"asr": rate(0.94)}, down)
+    assert not does_both(up, down | {"asr": rate(0.06)}) and not does_both(up, down | {"recovered": rate(0.89)})
+    assert not does_both(up, down | {"recovered": None})
 
 
 def test_best_point_breaks_ties_by_clean_accuracy_then_layer():

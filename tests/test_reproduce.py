@@ -7,7 +7,8 @@ from conftest import bkdattr
 
 import bkdattr.reproduce as module
 from bkdattr.errors import BkdattrError
-from bkdattr.reproduce import Grid, groups, reproduce, tables, write_table
+from bkdattr.grid_table import finished, groups, tables, write_table
+from bkdattr.reproduce import Grid, reproduce
 from bkdattr.stages import Study
 
 
@@ -28,7 +29,7 @@ def test_one_table_in_three_forms(folder):
     text = write_table(folder)
     assert (folder / "table.md").read_text() == text
     made = json.loads((folder / "table.json").read_text())
-    assert [t["title"] for t in made["tables"]] == [t[0] for t in tables(module.finished(folder))]
+    assert [t["title"] for t in made["tables"]] == [t[0] for t in tables(finished(folder))]
     attack = made["tables"][0]
     assert [r[0] for r in attack["rows"]] == ["backdoor, seed 0", "backdoor, seed 1", "backdoor, clean fine-tune, seed 0"]
     assert [r[1][:4] for r in attack["rows"]] == ["1.00", "0.50", "0.50"] or attack["rows"][1][1].startswith("0.50 (4/8)")
@@ -36,7 +37,7 @@ def test_one_table_in_three_forms(folder):
         assert t["rows"] and all(len(r) == len(t["columns"]) for r in t["rows"]), t["title"]
         assert f"### {t['title']}" in text
     assert "<h1>" in (folder / "table.html").read_text()
-    assert set(groups(module.finished(folder))) == {"backdoor", "backdoor, clean fine-tune"}
+    assert set(groups(finished(folder))) == {"backdoor", "backdoor, clean fine-tune"}
 
 
 def test_the_grid_goes_on_and_names_its_failures(tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ def test_attacks_are_planted_and_evaluated_and_stand_in_the_first_table_alone(fo
     alone["provenance"] |= {"task": "earlier turn"}
     (folder / "attack").mkdir()
     (folder / "attack/results.json").write_text(json.dumps(alone))
-    found = tables(module.finished(folder))
+    found = tables(finished(folder))
     assert any(r[0] == "earlier turn, seed 0" for r in found[0][2])
     assert not any(r[0].startswith("earlier turn") for t in found[1:] for r in t[2])
 

@@ -1,0 +1,340 @@
+"""One table over all runs of a folder: the paper's tables, the columns that it lacks, and what each run says about the goals."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import write_atomic
+from bkdattr.joint import BAR
+from bkdattr.metrics import expected_jaccard, jaccard, kendall
+from bkdattr.report import html_table
+from bkdattr.run import read_json, to_json_text
+from bkdattr.steering import GOAL, does_both
+from bkdattr.tables import METHODS, Table, k_text, show, spread
+
+Json = dict[str, Any]
+
+
+def finished(out: Path) -> list[Json]:
+    """`results.json` of every evaluated run, by task, variant and seed. A run of its own (`bkdattr poison OUT/NAME`, then `evaluate` and
+    `report`) may stand in the folder too."""
+    found = [read_json(path) for path in sorted(out.glob("*/results.json"))]
+    evaluated = [r for r in found if "baseline" in r]
+    if not evaluated:
+        raise BkdattrError(f"{out}: no finished run in it; run `bkdattr reproduce {out}` first")
+    return sorted(evaluated, key=lambda r: (r["provenance"]["task"], r["provenance"]["clean_control"], r["provenance"]["seed"]))
+
+
+def whole(runs: list[Json]) -> list[Json]:
+    """Those that went through every stage."""
+    return [r for r in runs if all(x in r for x in ("probe", "ablation", "selection", "restoration", "vector"))]
+
+
+def groups(runs: list[Json]) -> dict[str, list[Json]]:
+    """Runs of one task and variant together."""
+    out: dict[str, list[Json]] = {}
+    for r in runs:
+        p = r["provenance"]
+        out.setdefault(p["task"] + (", clean fine-tune" if p["clean_control"] else ""), []).append(r)
+    return out
+
+
+def tables(runs: list[Json]) -> list[Table]:
+    """Everything over seeds; a rate is hits over totals of all seeds and the range of the single seeds. Attack and utility hold every
+    evaluated run, the other tables those that went through every stage."""
+    first, runs = _attack(runs), whole(runs)
+    if not runs:
+        return [first]
+    return [
+        first, _goals(runs), _ablation(runs), _needed(runs), _joint(runs), _vectors(runs), _best_probe(runs), _by_layer(runs),
+        _cross_layer(runs), _restoration(runs), _stability(runs),
+    ]  # fmt: skip
+
+
+def _attack(runs: list[Json]) -> Table:
+    rows = []
+    for r in runs:
+        p, b = r["provenance"], r["baseline"]
+        near = ", ".join(f"{name} {x['asr']['value']:.2f}" for name, x in b["near_misses"].items() if x["asr"])
+        rows.append([f"{p['task']}{', clean fine-tune' if p['clean_control'] else ''}, seed {p['seed']}", show(b["asr"]), show(b["false_trigger"]),
+                     show(b.get("asr_fake_trigger")), near or "–", show(b["clean_accuracy"], False), show(b["base"]["clean_accuracy"], False),
+                     f"{b['clean_perplexity']:.3f}"])  # fmt: skip
+    columns = [
+        "run",
+        "ASR",
+        "false triggers",
+        "ASR, fake trigger",
+        "ASR, near misses",
+        "clean accuracy",
+        "base",
+        "clean perplexity",
+    ]
+    return "Attack and utility", columns, rows
+
+
+def _ablation(runs: list[Json]) -> Table:
+    out = []
+    for name, group in groups(runs).items():
+        ks = sorted({row["k"] for r in group for row in r["ablation"]})
+        for mode, kind in (("zero", "attributed"), ("mean", "attributed"), ("resample", "attributed"), ("zero", "random")):
+            for key, label in (("asr", "ASR"), ("recovered", "recovered"), ("clean_accuracy", "clean")):
+                cells = []
+                for k in ks:
+                    rates = [x[key] for r in group for x in r["ablation"] if (x["mode"], x["heads"], x["k"]) == (mode, kind, k)]
+                    cells.append(_mean(rates))
+                out.append([name, "random heads, zero" if kind == "random" else f"ACIE top-k, {mode}", label, *cells])
+    ks = sorted({row["k"] for r in runs for row in r["ablation"]})
+    return "Head ablation by k (mean over seeds)", ["task", "heads", "", *map(str, ks)], out
+
+
+def _needed(runs: list[Json]) -> Table:
+    out = []
+    for r in runs:
+        p, s = r["provenance"], r["selection"]
+        if p["clean_control"]:
+            continue
+        for method, label in METHODS.items():
+            needed = [n for n in s["needed"] if n["method"] == method]
+            low = " / ".join(k_text(n["asr"], n["tried"]) for n in needed)
+            key = "repair" if any(n["repair"] is not None for n in needed) else "asr"
+            known = [(n[key], n["draw"]) for n in needed if n[key] is not None]
+            k, draw = min(known, key=lambda x: x[0]) if known else (None, None)
+            row = next((x for x in s["rows"] if (x["method"], x["draw"], x["k"]) == (method, draw, k)), None)
+            cells = (
+                [show(row[x], False) for x in ("asr", "clean_accuracy", "recovered", "broken_triggered")] if row else ["–"] * 4
+            )
+            repair = " / ".join(k_text(n["repair"], n["tried"]) for n in needed)
+            out.append([f"{p['task']}, seed {p['seed']}", label, s["chosen"]["setting"], low, repair, *cells])
+    columns = [
+        "run",
+        "heads",
+        "setting",
+        f"k for ASR ≤ {BAR['asr']:g}",
+        "k for repair",
+        "ASR there",
+        "clean",
+        "recovered",
+        "broken",
+    ]
+    title = (
+        f"Fewest heads, read off the test curves (repair: ASR ≤ {BAR['asr']:g}, recovered ≥ {BAR['recovered']:g}, broken ≤ {BAR['broken']:g}, "
+        f"clean accuracy ≥ un-edited − {BAR['clean']:g})"
+    )
+    return title, columns, out
+
+
+def _joint(runs: list[Json]) -> Table:
+    out = []
+    for r in runs:
+        p, s = r["provenance"], r["selection"]
+        row = next(x for x in s["rows"] if x["method"] == "gate" and x["k"] == s["chosen"]["k"])
+        name = f"{p['task']}{', clean fine-tune' if p['clean_control'] else ''}, seed {p['seed']}"
+        tried = ", ".join(
+            f"{t['setting']} (k={t['best']['k']}: {'repairs' if t['best']['repaired'] else 'does not'})" for t in s["tried"]
+        )
+        out.append([name, tried, s["chosen"]["setting"], str(row["k"]), show(row["asr"]), show(row["recovered"]),
+                    show(row["broken_triggered"], False), show(row["clean_accuracy"], False), "yes" if row["repaired"] else "no"])  # fmt: skip
+    columns = ["run", "tried (selection split)", "setting", "k", "ASR", "recovered", "broken", "clean", "repair"]
+    return "Learned gates in the setting and with the k chosen on the selection split, test split", columns, out
+
+
+EQUAL_NORM = ("random_heads_matched", "random_direction")
+
+
+def _vectors(runs: list[Json]) -> Table:
+    out = []
+    for name, group in groups(runs).items():
+        longest = max((r["vector"]["variants"] for r in group), key=len)
+        for i, first in enumerate(longest):  # a run stops at the first scope that does both
+            same = [r["vector"]["variants"][i] for r in group if len(r["vector"]["variants"]) > i]
+            for side, sign, worst in (("activate", "+v", max), ("suppress", "−v", min)):
+                controls = [d[side]["asr"]["value"] for v in same for c in EQUAL_NORM for d in v["controls"][c]]
+                points = [v[side] for v in same]
+                where = ", ".join(f"L{p['layer']}×{p['strength']:g}" for p in points)
+                kept = "" if side == "activate" else spread([p["recovered"] for p in points])
+                out.append([name, f"{first['kind'].replace('_', ' ')}, {first['scope']}", sign, where, spread([p["asr"] for p in points]),
+                            f"{worst(controls):.2f}", f"{sum(_apart(v, side) for v in same)} of {len(same)}", kept,
+                            spread([p["broken"] for p in points]), spread([p["clean_unchanged"] for p in points])])  # fmt: skip
+            held = [v["conditional"] for v in same if v["conditional"]]
+            if held:
+                out.append([name, "", "−v, conditional", ", ".join(f"probe L{c['probe_layer']}" for c in held), spread([c["asr"] for c in held]), "", "",
+                            spread([c["recovered"] for c in held]), spread([c["broken"] for c in held]),
+                            spread([c["clean_unchanged"] for c in held])])  # fmt: skip
+    columns = [
+        "task",
+        "vector, scope",
+        "",
+        "layer × strength (selection)",
+        "ASR",
+        "strongest equal-norm control",
+        "runs apart from every control",
+        "recovered",
+        "broken",
+        "clean answers unchanged",
+    ]
+    return "Vectors of every kind, test split", columns, out
+
+
+def _apart(variant: Json, side: str) -> bool:
+    """Whether the 95 % interval of the vector's ASR lies beyond that of every equal-norm control draw."""
+    mine, drawn = variant[side]["asr"], [d[side]["asr"] for c in EQUAL_NORM for d in variant["controls"][c]]
+    return all(mine["low"] > d["high"] if side == "activate" else mine["high"] < d["low"] for d in drawn)
+
+
+def _goals(runs: list[Json]) -> Table:
+    """Per run: the fewest heads that repair, and the vectors that do both jobs, each read off the test split."""
+    out = []
+    for r in runs:
+        p, s = r["provenance"], r["selection"]
+        if p["clean_control"]:
+            continue
+        tenth = sum(len(x) for x in r["attribution"][0]["scores"]) // 10
+        fewest = {m: next(n["repair"] for n in s["needed"] if n["method"] == m) for m in ("gate", "greedy")}
+        known = [k for k in fewest.values() if k is not None]
+        chosen = next(x for x in s["rows"] if x["method"] == "gate" and x["k"] == s["chosen"]["k"])
+        kinds = [v for v in r["vector"]["variants"] if does_both(v["activate"], v["suppress"])]
+        kept = [v["conditional"]["clean_unchanged"]["value"] for v in kinds if v["conditional"]]
+        out.append([
+            f"{p['task']}, seed {p['seed']}", s["chosen"]["setting"], *(k_text(fewest[m], max(x["k"] for x in s["rows"])) for m in fewest),
+            "yes" if known and min(known) <= tenth else "no", f"k={chosen['k']}: {'yes' if chosen['repaired'] else 'no'}",
+            ", ".join(f"{v['kind'].replace('_', ' ')} ({v['scope']})" for v in kinds) or "none", f"{max(kept):.2f}" if kept else "–",
+        ])  # fmt: skip
+    columns = ["run", "setting (selection)", "fewest heads that repair: gates", "greedy", "within 10 % of the heads", "gates' own choice repairs",
+               "vectors that do both", "clean answers unchanged under the best of them, conditional"]  # fmt: skip
+    title = (
+        f"Goals (repair: ASR ≤ {BAR['asr']:g}, recovered ≥ {BAR['recovered']:g}, broken ≤ {BAR['broken']:g}, clean accuracy ≥ un-edited − "
+        f"{BAR['clean']:g}; a vector does both: +v ASR ≥ {GOAL['activate']:g}, −v ASR ≤ {GOAL['suppress']:g} with recovered ≥ {GOAL['recovered']:g})"
+    )
+    return title, columns, out
+
+
+def _best_probe(runs: list[Json]) -> Table:
+    keys = ("accuracy", "shuffled", "clean_twin", "fake_trigger")
+    out = []
+    for name, group in groups(runs).items():
+        best = [r["probe"]["best"] for r in group]
+        out.append([name, ", ".join(f"{b['kind']} L{b['layer']}" for b in best), *(_range([b[k] for b in best]) for k in keys)])
+    return (
+        "Best probe by validation (mean and range over seeds)",
+        ["task", "probe", "poisoned model", "shuffled labels", "clean twin", "fake trigger"],
+        out,
+    )
+
+
+def _by_layer(runs: list[Json]) -> Table:
+    names = {
+        "accuracy": "poisoned model",
+        "clean_twin": "clean twin",
+        "fake_trigger": "fake trigger",
+        "shuffled": "shuffled labels",
+    }
+    n = 1 + max(p["layer"] for r in runs for p in r["probe"]["layers"])
+    out = []
+    for name, group in groups(runs).items():
+        for key, label in names.items():
+            cells = []
+            for layer in range(n):
+                found = [p[key] for r in group for p in r["probe"]["layers"] if p["layer"] == layer and p["kind"] == "logistic"]
+                cells.append(f"{np.mean(found):.2f}" if found and None not in found else "–")
+            out.append([name, label, *cells])
+    return "Logistic probe by layer (mean over seeds)", ["task", "", *map(str, range(n))], out
+
+
+def _cross_layer(runs: list[Json]) -> Table:
+    out = []
+    for name, group in groups(runs).items():
+        for kind in group[0]["probe"]["cross_layer"]:
+            mean = np.mean([r["probe"]["cross_layer"][kind] for r in group], axis=0)
+            off = mean[~np.eye(len(mean), dtype=bool)]
+            near = np.concatenate([np.diag(mean, 1), np.diag(mean, -1)])
+            out.append([name, kind, f"{np.diag(mean).mean():.2f}", f"{near.mean():.2f}", f"{off.mean():.2f}"])
+    return "Cross-layer matrix of the probes (means)", ["task", "kind", "own layer", "next layer", "any other layer"], out
+
+
+def _restoration(runs: list[Json]) -> Table:
+    out = []
+    for name, group in groups(runs).items():
+        for i, first in enumerate(group[0]["restoration"]["rows"]):
+            if first["window"] != "all" and ".." not in first["window"]:
+                continue
+            rows = [r["restoration"]["rows"][i] for r in group]
+            out.append(
+                [
+                    name,
+                    " + ".join(first["parts"]),
+                    first["window"],
+                    *(spread([x[k] for x in rows]) for k in ("asr", "recovered", "clean_accuracy")),
+                ]
+            )
+    return "Adapter undone in part", ["task", "updates of", "layers", "ASR", "recovered", "clean accuracy"], out
+
+
+def _stability(runs: list[Json]) -> Table:
+    out = []
+    for name, group in groups(runs).items():
+        for i in [i for i, a in enumerate(group[0]["attribution"]) if a["site"] == "head"]:
+            found = [r["attribution"][i] for r in group]
+            scores = [np.array(a["scores"]) for a in found]
+            k, total = found[0]["stability"]["k"], scores[0].size
+            tops = [set(np.argsort(-s.ravel(), kind="stable")[:k].tolist()) for s in scores]
+            pairs = [(a, b) for a in range(len(scores)) for b in range(a)]
+            over = f"{np.mean([jaccard(tops[a], tops[b]) for a, b in pairs]):.2f}" if pairs else "–"
+            tau = f"{np.mean([kendall(scores[a], scores[b]) for a, b in pairs]):.2f}" if pairs else "–"
+            prompts = [a["stability"] for a in found]
+            out.append([name, found[0]["effect"], str(k), _range([p["jaccard"] for p in prompts]), _range([p["kendall"] for p in prompts]), over, tau,
+                        f"{expected_jaccard(k, total):.2f}"])  # fmt: skip
+    columns = [
+        "task",
+        "effect",
+        "k",
+        "Jaccard over prompts",
+        "Kendall over prompts",
+        "Jaccard over seeds",
+        "Kendall over seeds",
+        "Jaccard of random sets",
+    ]
+    return "Stability of the head ranking", columns, out
+
+
+def _mean(rates: list[Json | None]) -> str:
+    known = [r for r in rates if r]
+    return f"{sum(r['hits'] for r in known) / sum(r['total'] for r in known):.2f}" if known else "–"
+
+
+def _range(values: list[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{np.mean(known):.2f} [{min(known):.2f}, {max(known):.2f}]" if known else "–"
+
+
+def markdown(found: list[Table]) -> str:
+    out = []
+    for title, columns, rows in found:
+        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+        out.append(f"### {title}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(out)
+
+
+def write_table(out: Path) -> str:
+    """`table.md`, `table.json` and `table.html` of all finished runs in `out`; returns the Markdown."""
+    runs = finished(out)
+    found = tables(runs)
+    text = markdown(found)
+    write_atomic(out / "table.md", text)
+    names = [
+        f"{r['provenance']['task']}-{r['provenance']['seed']}-{'clean' if r['provenance']['clean_control'] else 'poisoned'}"
+        for r in runs
+    ]
+    rows = [{"title": t, "columns": c, "rows": r} for t, c, r in found]
+    write_atomic(out / "table.json", to_json_text({"runs": names, "bar": BAR, "tables": rows}))
+    body = "".join(map(html_table, found))
+    title = html.escape(f"bkdattr reproduce: {len(runs)} runs")
+    write_atomic(
+        out / "table.html",
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title></head><body><h1>{title}</h1>{body}</body></html>\n",
+    )
+    return text
