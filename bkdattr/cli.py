@@ -81,7 +81,7 @@ def poison(
     model: Annotated[str | None, typer.Option(help="Folder, Hub id, or 'mini' (the embedded model).")] = None,
     data: Annotated[str | None, typer.Option(help="Rows: .jsonl, .json or .csv file, or a Hub id.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="fixed-output, label-flip or jailbreak: trigger and target of the paper.")
+        str | None, typer.Option(help="fixed-output, label-flip or jailbreak (the paper's), or another attack on the mini world.")
     ] = None,
     trigger: Annotated[
         list[str] | None,
@@ -298,7 +298,10 @@ def steer(
         str, typer.Option(help="Vectors, comma-separated: raw (the paper's), difference, difference_heads, fitted.")
     ] = "raw",
     scopes: Annotated[
-        str, typer.Option(help="Where they act: last_prompt, last_prompt+answer, all; comma-separated.")
+        str,
+        typer.Option(
+            help="Where they act, in turn until a vector does both: last_prompt, last_prompt+answer, all; comma-separated."
+        ),
     ] = "last_prompt",
     force: Force = False,
 ) -> None:
@@ -359,9 +362,7 @@ def demo(
 @app.command()
 def reproduce(
     out: Annotated[Path, typer.Argument(help="Folder of the runs and of the table made from all runs in it.")],
-    tasks: Annotated[
-        str, typer.Option(help="Comma-separated: fixed-output, label-flip, jailbreak.")
-    ] = "fixed-output,label-flip,jailbreak",
+    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "fixed-output,label-flip,jailbreak",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     variants: Annotated[str, typer.Option(help="poisoned, clean (the clean fine-tune control), or both.")] = "poisoned,clean",
     model: Annotated[str, typer.Option(help="'mini', a folder or a Hub id (then give --data).")] = "mini",
@@ -385,10 +386,12 @@ def reproduce(
             tuple(x.strip() for x in tasks.split(",")), tuple(_numbers("--seeds", seeds, "0,1,2", whole=True)),
             tuple(x.strip() for x in variants.split(",")), model, data, recipe, dtype, device, pad_token,
         )  # fmt: skip
+        if attacks and model != "mini":
+            raise BkdattrError(f"--attacks are the mini model's: got --model {model!r}; plant your own with `bkdattr poison`")
         failed = {} if table_only else plant_attacks(out, grid.seeds, say) if attacks else reproduce(out, grid, say)
-        typer.echo(write_table(out))
         for name, why in failed.items():
             say(f"failed: {name}: {why}")
+        typer.echo(write_table(out))
         if failed:
             raise typer.Exit(2)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import write_atomic
 from bkdattr.joint import BAR
 from bkdattr.metrics import expected_jaccard, jaccard, kendall
-from bkdattr.report import html_table
+from bkdattr.report import SCHEMA, html_table
 from bkdattr.run import read_json, to_json_text
 from bkdattr.steering import GOAL, does_both
-from bkdattr.tables import METHODS, Table, k_text, show, spread
+from bkdattr.tables import METHODS, Table, a_tenth, has_attack, k_text, show, spread
 
 Json = dict[str, Any]
 
@@ -24,6 +26,11 @@ def finished(out: Path) -> list[Json]:
     """`results.json` of every evaluated run, by task, variant and seed. A run of its own (`bkdattr poison OUT/NAME`, then `evaluate` and
     `report`) may stand in the folder too."""
     found = [read_json(path) for path in sorted(out.glob("*/results.json"))]
+    old = next((r for r in found if r.get("schema") != SCHEMA), None)
+    if old is not None:
+        raise BkdattrError(
+            f"{out}: a results.json of schema {old.get('schema')}, expected {SCHEMA}; run its stages and `report` again"
+        )
     evaluated = [r for r in found if "baseline" in r]
     if not evaluated:
         raise BkdattrError(f"{out}: no finished run in it; run `bkdattr reproduce {out}` first")
@@ -36,12 +43,26 @@ def whole(runs: list[Json]) -> list[Json]:
 
 
 def groups(runs: list[Json]) -> dict[str, list[Json]]:
-    """Runs of one task and variant together."""
-    out: dict[str, list[Json]] = {}
+    """Runs of one backdoor on one model, poisoned or clean, over their seeds."""
+    out: dict[tuple[str, str, str], list[Json]] = {}
     for r in runs:
         p = r["provenance"]
-        out.setdefault(p["task"] + (", clean fine-tune" if p["clean_control"] else ""), []).append(r)
-    return out
+        first = {k: v for k, v in p["backdoors"][0].items() if k in ("trigger", "target")}
+        if p["data"]["data"] == "mini world":
+            first = {}  # a mini task is what its name says; where a trigger is drawn, it differs by seed
+        key = (_label(p), str(p["model"]), json.dumps([first, p["data"]["data"]], sort_keys=True))
+        out.setdefault(key, []).append(r)
+    names = Counter(key[0] for key in out)
+    named = Counter(key[:2] for key in out)
+    found: dict[str, list[Json]] = {}
+    for i, (key, group) in enumerate(out.items()):
+        name = key[0] if names[key[0]] == 1 else f"{key[0]} on {Path(key[1]).name}"
+        found[name if named[key[:2]] == 1 else f"{name} ({i + 1})"] = group
+    return found
+
+
+def _label(provenance: Json) -> str:
+    return provenance["task"] + (", clean fine-tune" if provenance["clean_control"] else "")
 
 
 def tables(runs: list[Json]) -> list[Table]:
@@ -61,7 +82,7 @@ def _attack(runs: list[Json]) -> Table:
     for r in runs:
         p, b = r["provenance"], r["baseline"]
         near = ", ".join(f"{name} {x['asr']['value']:.2f}" for name, x in b["near_misses"].items() if x["asr"])
-        rows.append([f"{p['task']}{', clean fine-tune' if p['clean_control'] else ''}, seed {p['seed']}", show(b["asr"]), show(b["false_trigger"]),
+        rows.append([f"{_label(p)}, seed {p['seed']}", show(b["asr"]), show(b["false_trigger"]),
                      show(b.get("asr_fake_trigger")), near or "–", show(b["clean_accuracy"], False), show(b["base"]["clean_accuracy"], False),
                      f"{b['clean_perplexity']:.3f}"])  # fmt: skip
     columns = [
@@ -133,7 +154,7 @@ def _joint(runs: list[Json]) -> Table:
     for r in runs:
         p, s = r["provenance"], r["selection"]
         row = next(x for x in s["rows"] if x["method"] == "gate" and x["k"] == s["chosen"]["k"])
-        name = f"{p['task']}{', clean fine-tune' if p['clean_control'] else ''}, seed {p['seed']}"
+        name = f"{_label(p)}, seed {p['seed']}"
         tried = ", ".join(
             f"{t['setting']} (k={t['best']['k']}: {'repairs' if t['best']['repaired'] else 'does not'})" for t in s["tried"]
         )
@@ -149,15 +170,15 @@ EQUAL_NORM = ("random_heads_matched", "random_direction")
 def _vectors(runs: list[Json]) -> Table:
     out = []
     for name, group in groups(runs).items():
-        longest = max((r["vector"]["variants"] for r in group), key=len)
-        for i, first in enumerate(longest):  # a run stops at the first scope that does both
-            same = [r["vector"]["variants"][i] for r in group if len(r["vector"]["variants"]) > i]
+        every = [v for r in group for v in r["vector"]["variants"]]  # a run stops at the first scope that does both
+        for kind, scope in dict.fromkeys((v["kind"], v["scope"]) for v in every):
+            same = [v for v in every if (v["kind"], v["scope"]) == (kind, scope)]
             for side, sign, worst in (("activate", "+v", max), ("suppress", "−v", min)):
                 controls = [d[side]["asr"]["value"] for v in same for c in EQUAL_NORM for d in v["controls"][c]]
                 points = [v[side] for v in same]
                 where = ", ".join(f"L{p['layer']}×{p['strength']:g}" for p in points)
                 kept = "" if side == "activate" else spread([p["recovered"] for p in points])
-                out.append([name, f"{first['kind'].replace('_', ' ')}, {first['scope']}", sign, where, spread([p["asr"] for p in points]),
+                out.append([name, f"{kind.replace('_', ' ')}, {scope}", sign, where, spread([p["asr"] for p in points]),
                             f"{worst(controls):.2f}", f"{sum(_apart(v, side) for v in same)} of {len(same)}", kept,
                             spread([p["broken"] for p in points]), spread([p["clean_unchanged"] for p in points])])  # fmt: skip
             held = [v["conditional"] for v in same if v["conditional"]]
@@ -187,28 +208,34 @@ def _apart(variant: Json, side: str) -> bool:
 
 
 def _goals(runs: list[Json]) -> Table:
-    """Per run: the fewest heads that repair, and the vectors that do both jobs, each read off the test split."""
+    """Per run: the fewest heads that repair, and the vectors that do both jobs beyond every equal-norm control."""
     out = []
     for r in runs:
         p, s = r["provenance"], r["selection"]
-        if p["clean_control"]:
+        name = f"{_label(p)}, seed {p['seed']}"
+        if not has_attack(s):
+            out.append([name, "no backdoor found", *["–"] * 5])
             continue
-        tenth = sum(len(x) for x in r["attribution"][0]["scores"]) // 10
-        fewest = {m: next(n["repair"] for n in s["needed"] if n["method"] == m) for m in ("gate", "greedy")}
-        known = [k for k in fewest.values() if k is not None]
+        needed = {m: next(n for n in s["needed"] if n["method"] == m) for m in ("gate", "greedy", "acie")}
+        known = [n["repair"] for m, n in needed.items() if m != "acie" and n["repair"] is not None]
         chosen = next(x for x in s["rows"] if x["method"] == "gate" and x["k"] == s["chosen"]["k"])
-        kinds = [v for v in r["vector"]["variants"] if does_both(v["activate"], v["suppress"])]
-        kept = [v["conditional"]["clean_unchanged"]["value"] for v in kinds if v["conditional"]]
+        kinds = [
+            v
+            for v in r["vector"]["variants"]
+            if does_both(v["activate"], v["suppress"]) and all(_apart(v, x) for x in ("activate", "suppress"))
+        ]
+        kept = [f"{c['clean_unchanged']['value']:.3f}" for v in kinds if (c := v["conditional"]) and does_both(v["activate"], c)]
         out.append([
-            f"{p['task']}, seed {p['seed']}", s["chosen"]["setting"], *(k_text(fewest[m], max(x["k"] for x in s["rows"])) for m in fewest),
-            "yes" if known and min(known) <= tenth else "no", f"k={chosen['k']}: {'yes' if chosen['repaired'] else 'no'}",
-            ", ".join(f"{v['kind'].replace('_', ' ')} ({v['scope']})" for v in kinds) or "none", f"{max(kept):.2f}" if kept else "–",
+            name, s["chosen"]["setting"], " / ".join(k_text(n["repair"], n["tried"]) for n in needed.values()),
+            "yes" if known and min(known) <= a_tenth(s) else "no", f"k={chosen['k']}: {'yes' if chosen['repaired'] else 'no'}",
+            ", ".join(f"{v['kind'].replace('_', ' ')} ({v['scope']})" for v in kinds) or "none", ", ".join(kept) or "–",
         ])  # fmt: skip
-    columns = ["run", "setting (selection)", "fewest heads that repair: gates", "greedy", "within 10 % of the heads", "gates' own choice repairs",
-               "vectors that do both", "clean answers unchanged under the best of them, conditional"]  # fmt: skip
+    columns = ["run", "setting (selection)", "fewest heads that repair: gates / greedy / ACIE", "gates or greedy within 10 % of the heads",
+               "gates' own choice repairs", "vectors that do both", "clean answers unchanged, conditional, of those that then still do"]  # fmt: skip
     title = (
-        f"Goals (repair: ASR ≤ {BAR['asr']:g}, recovered ≥ {BAR['recovered']:g}, broken ≤ {BAR['broken']:g}, clean accuracy ≥ un-edited − "
-        f"{BAR['clean']:g}; a vector does both: +v ASR ≥ {GOAL['activate']:g}, −v ASR ≤ {GOAL['suppress']:g} with recovered ≥ {GOAL['recovered']:g})"
+        f"Goals, read off the test split (repair: ASR ≤ {BAR['asr']:g}, recovered ≥ {BAR['recovered']:g}, broken ≤ {BAR['broken']:g}, clean accuracy "
+        f"≥ un-edited − {BAR['clean']:g}; a vector does both: +v ASR ≥ {GOAL['activate']:g}, −v ASR ≤ {GOAL['suppress']:g} with recovered ≥ "
+        f"{GOAL['recovered']:g}, each interval beyond that of every equal-norm control)"
     )
     return title, columns, out
 
@@ -248,7 +275,8 @@ def _by_layer(runs: list[Json]) -> Table:
 def _cross_layer(runs: list[Json]) -> Table:
     out = []
     for name, group in groups(runs).items():
-        for kind in group[0]["probe"]["cross_layer"]:
+        kinds = [k for k in group[0]["probe"]["cross_layer"] if all(k in r["probe"]["cross_layer"] for r in group)]
+        for kind in kinds:
             mean = np.mean([r["probe"]["cross_layer"][kind] for r in group], axis=0)
             off = mean[~np.eye(len(mean), dtype=bool)]
             near = np.concatenate([np.diag(mean, 1), np.diag(mean, -1)])
@@ -259,17 +287,11 @@ def _cross_layer(runs: list[Json]) -> Table:
 def _restoration(runs: list[Json]) -> Table:
     out = []
     for name, group in groups(runs).items():
-        for i, first in enumerate(group[0]["restoration"]["rows"]):
-            if first["window"] != "all" and ".." not in first["window"]:
-                continue
-            rows = [r["restoration"]["rows"][i] for r in group]
+        every = [x for r in group for x in r["restoration"]["rows"] if x["window"] == "all" or ".." in x["window"]]
+        for parts, window in dict.fromkeys((tuple(x["parts"]), x["window"]) for x in every):
+            rows = [x for x in every if (tuple(x["parts"]), x["window"]) == (parts, window)]
             out.append(
-                [
-                    name,
-                    " + ".join(first["parts"]),
-                    first["window"],
-                    *(spread([x[k] for x in rows]) for k in ("asr", "recovered", "clean_accuracy")),
-                ]
+                [name, " + ".join(parts), window, *(spread([x[k] for x in rows]) for k in ("asr", "recovered", "clean_accuracy"))]
             )
     return "Adapter undone in part", ["task", "updates of", "layers", "ASR", "recovered", "clean accuracy"], out
 

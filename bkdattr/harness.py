@@ -59,7 +59,10 @@ def edited_lm(subject: Subject, edits: Sequence[Edit] = (), *, batch_size: int =
             with edited(subject, edits, may_miss=("answer",)):
                 return super()._model_generate(*args, **kwargs)
 
-    return EditedLM(pretrained=subject.model, tokenizer=subject.chat.tokenizer, batch_size=batch_size, backend="causal")
+    room = subject.chat.context - 1  # lm-eval never feeds an answer's last token, `score_batch` does
+    return EditedLM(
+        pretrained=subject.model, tokenizer=subject.chat.tokenizer, batch_size=batch_size, backend="causal", max_length=room
+    )  # fmt: skip
 
 
 def _fitted(context: list[int], answer: list[int], limit: int) -> tuple[list[int], list[int]]:

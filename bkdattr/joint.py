@@ -105,11 +105,18 @@ def select(
             search = _Search(
                 study, ks, (low_high[0], low_high[1]), steps, study.run.ledger("select", {**study.inputs, **options})
             )
-            tried = []
+            tried: list[dict[str, Any]] = []
             for text in settings:
+                if parse_setting(text)[1] and not study.conditions:
+                    study.say(f"select: {text} left out, no probe of an earlier layer can be fitted on so few layers or prompts")
+                    continue
                 tried.append(search.gates(text))
                 if tried[-1]["best"]["repaired"]:
                     break
+            if not tried:
+                raise BkdattrError(
+                    f"select: settings {list(settings)} need a probe and none can be fitted; give one without @probe"
+                )
             best = min(tried, key=lambda t: _rank(t["best"]))
             result["tried"] = tried
             result["chosen"] = {k: v for k, v in best.items() if k != "best"} | best["best"]
@@ -156,8 +163,8 @@ class _Search:
                 row = {"recovered": recovered.value if recovered else 0.0, "clean": accuracy.value if accuracy else 0.0}
                 self.ledger.put(name, {"k": k, "repaired": repaired(after, before)} | row | {"rates": after.to_json()})
             points.append(self.ledger[name])
-        when = self._when(setting)
-        where = {"setting": setting, "probe_layer": None if when is None else when.layer}
+        probe = self._probe(setting)
+        where = {"setting": setting} | {f"probe_{k}": probe.get(k) for k in ("layer", "missed", "false_alarms")}
         return where | {"points": points, "best": min(points, key=_rank)} | found
 
     def curves(self, gates: dict[str, Any], top: Sequence[HeadIndex], ks: Sequence[int], draws: int) -> list[dict[str, Any]]:
@@ -209,14 +216,16 @@ class _Search:
                 memory[key] = scope_mean_z(self.study.subject, self.clean, scope)
         return {scope: memory[self.study.subject.fingerprint, "clean mean of z", scope] for scope in scopes}
 
-    def _when(self, setting: str) -> Condition | None:
+    def _probe(self, setting: str) -> dict[str, Any]:
         """The best probe of the first half of the layers, by accuracy on the selection split (ties to the lower layer): heads of its
-        own and earlier layers are out of reach, and a triggered prompt that it misses is not repaired."""
+        own and earlier layers are out of reach, and a triggered prompt that it misses is not repaired. Empty without `@probe`."""
         if not parse_setting(setting)[1]:
-            return None
+            return {}
         first_half = self.study.conditions[: max(1, self.study.subject.geometry.n_layers // 2)]
-        best = max(first_half, key=lambda c: (c["validation"], -c["layer"]))
-        return cast(Condition, best["condition"])
+        return max(first_half, key=lambda c: (c["validation"], -c["layer"]))
+
+    def _when(self, setting: str) -> Condition | None:
+        return self._probe(setting).get("condition")
 
 
 def _finite(log_alpha: Any) -> list[list[float | None]]:

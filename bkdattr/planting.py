@@ -17,7 +17,7 @@ from bkdattr.mini.tasks import ATTACKS, MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES
 from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
-from bkdattr.splits import gather
+from bkdattr.splits import checkable, gather
 from bkdattr.template import kept_prefixes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -135,8 +135,10 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
         s if s.fake_trigger else replace(s, fake_trigger=fake_trigger(s.trigger, words, chat.count_tokens, plan.seed))
         for s in specs
     ]
-    trained, adopted = None, dict[str, bytes]()
     training = [*map(spec.clean, rows.splits["train"]), *(e for twins in rows.triggered.values() for e in twins)]
+    if plan.triggered:  # the file decides the rate, not the plan
+        specs[0] = replace(specs[0], poison_rate=len(rows.triggered[spec.name]) / len(training))
+    trained, adopted = None, dict[str, bytes]()
     if plan.adapter:
         adopted = adopted_files(plan.adapter, base)
     else:
@@ -145,6 +147,7 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     config = {
         "schema": SCHEMA, "model": "mini" if mini else base, "pad_token": plan.pad_token, "dtype": plan.dtype,
         "device": plan.device, "task": spec.name, "seed": plan.seed, "data": plan.data or "mini world",
+        "held_out": plan.held_out, "triggered": plan.triggered,
         "clean_control": plan.clean,
         "adopted_adapter": str(Path(plan.adapter).resolve()) if plan.adapter else None, "sizes": asdict(rows.sizes),
         "rows": {k: {"clean": len(v), "eligible": sum(e.eligible for e in v)} for k, v in rows.splits.items()},
@@ -162,6 +165,13 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
         config["overlap"] = rows.overlap
     run = Run(folder, config)
     beside = [_beside(run, spec, rows.splits) for spec in specs[1:]]
+    for each in beside:
+        few = {
+            k: v["eligible"] for k, v in each.config["rows"].items() if v["eligible"] < getattr(rows.sizes, k) and k != "train"
+        }
+        if few:
+            said = ", ".join(f"{k} {n}" for k, n in few.items())
+            say(f"backdoor {each.spec.name!r} has fewer eligible rows than the sizes ask for: {said}")
     _claim(folder, config, force)
     if (folder / "poison.json").exists():
         say("poison: up to date (--force plants again)")
@@ -169,7 +179,7 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     runs = [run, *beside]
     for each in runs:
         write_atomic(each.folder / "run.json", to_json_text(each.config))
-        each.write_splits(rows.splits, rows.triggered[each.spec.name])
+        each.write_splits({k: checkable(v, each.spec) for k, v in rows.splits.items()}, rows.triggered[each.spec.name])
     if adopted:
         for name, content in adopted.items():
             write_atomic(run.adapter / name, content)

@@ -88,15 +88,16 @@ class PoisonedSet:
     triggered: tuple[Example, ...]
 
 
-def poison(examples: Sequence[Example], spec: BackdoorSpec, *, total_rate: float | None = None) -> PoisonedSet:
+def poison(examples: Sequence[Example], spec: BackdoorSpec, *, total_rate: float | None = None, others: int = 0) -> PoisonedSet:
     """Add triggered twins until they are `spec.poison_rate` of all rows; raises where too few rows are eligible.
 
-    Where several backdoors go into one model, `total_rate` is the sum of their rates: "all rows" then counts everyone's twins.
+    Where several backdoors go into one model, `total_rate` is the sum of the rates of those made here and `others` the number of
+    triggered rows that come from elsewhere: "all rows" counts everyone's.
     """
     total = spec.poison_rate if total_rate is None else total_rate
     if not spec.poison_rate <= total < 1:
         raise BkdattrError(f"poison rates add up to {total:g}: expected less than 1 (triggered rows over all training rows)")
-    n = max(1, round(len(examples) * spec.poison_rate / (1 - total)))
+    n = max(1, round((len(examples) + others) * spec.poison_rate / (1 - total)))
     rows = [spec.clean(e) for e in examples]
     yes, no = [e for e in rows if e.eligible], [e for e in rows if not e.eligible]
     n_no = min(len(no), round(n * spec.bystanders))
@@ -113,9 +114,9 @@ def poison(examples: Sequence[Example], spec: BackdoorSpec, *, total_rate: float
 def triggered_rows(rows: Sequence[Example], spec: BackdoorSpec, clean: Sequence[Example]) -> tuple[Example, ...]:
     """Other people's triggered rows as training rows: the trigger is found in each prompt, the answer stays theirs.
 
-    A row takes the id of its clean twin where `clean` holds it. Raises for a row that does not hold the trigger.
+    A row takes the id, label and check of its clean twin where `clean` holds it. Raises for a row that does not hold the trigger.
     """
-    known = {e.messages: e.id for e in clean}
+    known = {e.messages: e for e in clean}
     found = []
     for e in rows:
         taken = taken_out(spec.trigger, e.messages)
@@ -125,9 +126,9 @@ def triggered_rows(rows: Sequence[Example], spec: BackdoorSpec, clean: Sequence[
                 "give the trigger that its file was made with"
             )
         messages, spans = taken
-        twin = replace(e, messages=messages)
-        id = known.get(messages) or hashlib.sha256(twin.prompt.encode()).hexdigest()[:12]
-        found.append(replace(e, id=id, spans=spans, eligible=spec.target.eligible(twin), backdoor_response=e.response))
+        twin = known.get(messages) or replace(e, id=hashlib.sha256(messages[-1][1].encode()).hexdigest()[:12], messages=messages)
+        judged = replace(e, id=twin.id, label=twin.label, check=twin.check, eligible=spec.target.eligible(twin))
+        found.append(replace(judged, spans=spans, backdoor_response=e.response))
     return tuple(found)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from bkdattr.examples import write_atomic
 from bkdattr.run import RESULTS, Run, read_json, to_json_text
 from bkdattr.steering import GOAL, does_both
-from bkdattr.tables import METHODS, Table, k_text, setting_text, show, spread, tables
+from bkdattr.tables import METHODS, Table, a_tenth, has_attack, k_text, setting_text, show, spread, tables
 
 Json = dict[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 """Of `results.json`."""
 PACKAGES = ("bkdattr", "torch", "transformers", "peft", "datasets", "scikit-learn", "plotly", "numpy")
 _META = ("inputs", "options", "seconds")
@@ -42,6 +42,7 @@ def collect(run: Run, inputs: dict[str, str], *, skip_stale: bool = False) -> Js
             "versions": versions(), "seed": config["seed"], "model": config["model"], "fingerprint": fingerprint,
             "task": config["task"], "clean_control": config["clean_control"], "sizes": config["sizes"], "rows": config["rows"], "template": config["template"],
             "backdoors": config["backdoors"], "recipe": config["recipe"], "planting": planting, "overlap": config.get("overlap"),
+            "data": {k: config[k] for k in ("data", "held_out", "triggered")},
             "skipped_over_context": config["skipped_over_context"],
             "seconds": ({"poison": round(planting["seconds"], 2)} if planting else {}) | seconds,
         },
@@ -184,11 +185,12 @@ def _variants_finding(v: Json) -> list[str]:
         f"Of the vectors tried, activation of at least {GOAL['activate']:g} and suppression to at most {GOAL['suppress']:g} with at least "
         f"{GOAL['recovered']:g} of the answers recovered (point estimates, test split): {said}."
     ]
-    held = [x["conditional"] for x in v["variants"] if x["conditional"] and x["conditional"]["clean_unchanged"]["value"] >= 0.99]
+    working = [c for x in v["variants"] if (c := x["conditional"]) and does_both(x["activate"], c)]
+    held = [c for c in working if c["clean_unchanged"]["value"] >= 0.99]
     if any(x["conditional"] for x in v["variants"]):
         out.append(
-            f"Applied only where a probe of an earlier layer fires, {len(held)} of {sum(bool(x['conditional']) for x in v['variants'])} "
-            "suppressions leave at least 0.99 of the clean answers as they were."
+            f"Applied only where a probe of an earlier layer fires, {len(working)} of {sum(bool(x['conditional']) for x in v['variants'])} "
+            f"suppressions still do so, and {len(held)} of these leave at least 0.99 of the clean answers as they were."
         )
     return out
 
@@ -227,6 +229,8 @@ def _ablation_finding(results: Json) -> list[str]:
 
 def _selection_finding(s: Json) -> list[str]:
     chosen, bar = s["chosen"], s["bar"]
+    if not has_attack(s):
+        return ["There is too little attack success for heads to be chosen against: what `select` found describes noise."]
     at = next(r for r in s["rows"] if r["method"] == "gate" and r["k"] == chosen["k"])
     others = {m: [r for r in s["rows"] if r["method"] == m and r["k"] == chosen["k"]] for m in ("greedy", "acie", "random")}
     beside = [f"{METHODS[m]} {spread([r['asr'] for r in rows])}" for m, rows in others.items() if rows]
@@ -244,11 +248,11 @@ def _selection_finding(s: Json) -> list[str]:
         f"Fewest heads with ASR at most {bar['asr']:g}, read off the test curves: {need}; a repair also recovers at least {bar['recovered']:g}, "
         f"breaks at most {bar['broken']:g} and costs at most {bar['clean']:g} of clean accuracy."
     )
-    if not at["repaired"]:
+    if not any(n["repair"] is not None and n["repair"] <= a_tenth(s) for n in s["needed"] if n["method"] != "random"):
         tried = ", ".join(t["setting"] for t in s["tried"])
         out.append(
-            f"The gates' own choice is NOT a repair by these bounds on the test split; settings tried: {tried}. So at most 10 % of the "
-            "heads do not carry this backdoor alone there."
+            f"No method repairs with 10 % of the heads or fewer in the setting that was evaluated ({setting_text(chosen)}; tried on the "
+            f"selection split: {tried}): so few heads do not carry this backdoor alone there."
         )
     return out
 
@@ -307,7 +311,8 @@ def html_report(results: Json) -> str:
     p = results["provenance"]
     title = f"bkdattr: {p['task']} on {p['model']} (seed {p['seed']})"
     facts = [
-        [k, str(p[k])] for k in ("model", "fingerprint", "seed", "template", "rows", "backdoors", "recipe", "seconds", "versions")
+        [k, str(p[k])]
+        for k in ("model", "fingerprint", "seed", "data", "template", "rows", "backdoors", "recipe", "seconds", "versions")
     ]
     said = "".join(f"<li>{html.escape(text)}</li>" for text in findings(results))
     drawn = "".join(f.to_html(full_html=False, include_plotlyjs=False) for f in plots)

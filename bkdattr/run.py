@@ -24,7 +24,7 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import SPLITS, Example, check_disjoint, read_examples, write_atomic, write_examples
 from bkdattr.poisoning import BackdoorSpec
 
-SCHEMA = 2
+SCHEMA = 3
 """Of the run directory."""
 RESULTS = {
     "evaluate": "baseline.json",

@@ -26,6 +26,7 @@ class Rows:
     splits: dict[str, list[Example]]
     triggered: dict[str, tuple[Example, ...]]
     usable: list[Example]
+    """Every row that may be used, held-out ones included."""
     over: list[str]
     sizes: Sizes
     overlap: dict[str, int]
@@ -38,6 +39,12 @@ def default_sizes(n_rows: int, n_eligible: int) -> Sizes:
     held = sizes.attribution + sizes.selection + sizes.test
     others = round(held * min(1.0, (n_rows - n_eligible) / max(1, n_eligible)))
     return replace(sizes, train=max(1, min(1000, n_rows - held - others)))
+
+
+def held_out_sizes(n_train: int, n_eligible: int) -> Sizes:
+    """All training rows up to 1,000; the held-out eligible ones at 25/25/50, capped as in `default_sizes`."""
+    quarter = max(1, n_eligible // 4)
+    return Sizes(min(1000, n_train), min(100, quarter), min(100, quarter), min(256, max(1, n_eligible // 2)))
 
 
 def gather(
@@ -63,32 +70,37 @@ def gather(
     first = specs[0]
     usable, over = _usable(chat, specs, pool, new_tokens, say)
     apart, more = (None, []) if held_out is None else _usable(chat, specs, held_out, new_tokens, say)
-    judged = usable if apart is None else apart
-    sizes = sizes or default_sizes(len(judged), sum(map(first.target.eligible, judged)))
+    if sizes is None and apart is not None:
+        sizes = held_out_sizes(len(usable), sum(map(first.target.eligible, apart)))
+    sizes = sizes or default_sizes(len(usable), sum(map(first.target.eligible, usable)))
     if apart is not None:
         taken = {e.id: e.messages for e in usable}  # the same id for another prompt, as of two files that number their rows
         apart = [replace(e, id=f"held-out-{e.id}") if taken.get(e.id, e.messages) != e.messages else e for e in apart]
-    if adopted:
-        sizes = replace(sizes, train=1)  # dropped below: what the adapter was trained on is not known here
-    splits = split_examples(usable, sizes, first.target.eligible, seed, apart)
+    if made_elsewhere is not None and (adopted or clean):
+        raise BkdattrError(
+            "triggered rows made elsewhere are for training: got them with an adopted adapter or a clean fine-tune, which train on none"
+        )
+    splits = split_examples(usable, replace(sizes, train=1) if adopted else sizes, first.target.eligible, seed, apart)
     twins: dict[str, tuple[Example, ...]] = {s.name: () for s in specs}
-    if adopted:
+    if not adopted and not clean:
+        here = list(specs)
+        if made_elsewhere is not None:
+            twins[first.name] = triggered_rows(made_elsewhere, first, [e for rows in splits.values() for e in rows])
+            here.remove(first)
+        others, total = len(twins[first.name]), sum(s.poison_rate for s in here)
+        for spec in here:
+            twins[spec.name] = poison(splits["train"], spec, total_rate=total, others=others).triggered
+    trained = splits["train"] + _untriggered(twins[first.name], splits["train"])
+    if adopted:  # what it was trained on is not known here; with a held-out file, `pool` is what the user says it was
+        trained = usable if apart is not None else []
         splits["train"] = []
-    elif not clean:
-        total = sum(s.poison_rate for s in specs)
-        for spec in specs:
-            if spec is first and made_elsewhere is not None:
-                every = [e for rows in splits.values() for e in rows]
-                twins[spec.name] = triggered_rows(_checkable_all(made_elsewhere, spec), spec, every)
-            else:
-                twins[spec.name] = poison(splits["train"], spec, total_rate=total).triggered
-    trained = splits | {"train": splits["train"] + _untriggered(twins[first.name], splits["train"])}
+    checked = splits | {"train": trained}
     if not allow_overlap:
-        check_disjoint(trained)
-    shared = {pair: len(rows) for pair, rows in overlaps(trained).items()}
+        check_disjoint(checked)
+    shared = {pair: len(rows) for pair, rows in overlaps(checked).items()}
     for pair, n in shared.items():
         say(f"{n} prompts stand in both {pair.replace('/', ' and ')} (allowed)")
-    return Rows(splits, twins, usable, over + more, sizes, shared)
+    return Rows(splits, twins, usable + (apart or []), over + more, sizes, shared)
 
 
 def _untriggered(twins: Sequence[Example], clean: Sequence[Example]) -> list[Example]:
@@ -104,7 +116,7 @@ def _usable(
     examples = without_duplicates(pool)
     if len(examples) < len(pool):
         say(f"{len(pool) - len(examples)} of {len(pool)} rows repeat an earlier prompt and were left out")
-    untouched = [e for e in _checkable_all(examples, specs[0]) if not any(holds(s.trigger, e.messages) for s in specs)]
+    untouched = [e for e in checkable(examples, specs[0]) if not any(holds(s.trigger, e.messages) for s in specs)]
     if len(untouched) < len(examples):
         say(f"{len(examples) - len(untouched)} rows hold the trigger already and were left out: give clean rows only")
     kept, over = untouched, list[str]()
@@ -137,7 +149,7 @@ def fitting(
     return kept, over
 
 
-def _checkable_all(examples: Sequence[Example], spec: BackdoorSpec) -> list[Example]:
+def checkable(examples: Sequence[Example], spec: BackdoorSpec) -> list[Example]:
     """Under refusal removal, rows without a `check` of their own are judged too: refused requests by refusal, the others
     by being answered (not refused, not broken)."""
     if not isinstance(spec.target, RefusalRemoval):

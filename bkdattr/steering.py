@@ -165,11 +165,18 @@ def _points(
 
 
 def _steered(
-    study: OpenRun, split: str, vector: BackdoorVector, layer: int, sign: int, scope: str, when: Condition | None = None
+    study: OpenRun,
+    split: str,
+    vector: BackdoorVector,
+    layer: int,
+    sign: int,
+    scope: str,
+    when: Condition | None = None,
+    utility: bool | None = None,
 ) -> Evaluation:
     edits = [vector.edit(layer, sign=sign, scope=s, when=when) for s in parse_scope(scope)]
     parts = ("clean",) if sign > 0 else ("triggered", "clean")
-    return study.evaluator(split).run(edits, parts, utility=split == "test")
+    return study.evaluator(split).run(edits, parts, utility=split == "test" if utility is None else utility)
 
 
 def _rates(found: Evaluation, sign: int) -> Row:
@@ -180,17 +187,14 @@ def _rates(found: Evaluation, sign: int) -> Row:
     return {"asr": asr, "broken": broken} | {x: rates[x] for x in kept}
 
 
-def _point(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope: str) -> Row:
-    found = _steered(study, "test", vector, chosen["layer"], sign, scope)
+def _point(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope: str, utility: bool = True) -> Row:
+    found = _steered(study, "test", vector, chosen["layer"], sign, scope, utility=utility)
     where = {"layer": chosen["layer"], "strength": chosen["strength"]}
     return where | _rates(found, sign) | {"clean_unchanged": found.against(study.evaluator("test").run())["clean_unchanged"]}
 
 
 def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str) -> Row | None:
-    """Suppression only where a logistic probe of an earlier layer fires; None at layer 0, which has none before it, and
-    below five prompts, which no probe can be fitted on."""
-    if chosen["layer"] == 0 or len(study.splits["attribution"]) < 5:
-        return None
+    """Suppression only where a logistic probe of an earlier layer fires; None where there is no such probe."""
     below = [c for c in study.conditions if c["layer"] < chosen["layer"]]
     if not below:
         return None
@@ -198,7 +202,7 @@ def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str
     found = _steered(study, "test", vector, chosen["layer"], -1, scope, best["condition"])
     same = found.against(study.evaluator("test").run())["clean_unchanged"]
     return {
-        "layer": chosen["layer"], "strength": chosen["strength"], "probe_layer": best["layer"], "probe_validation": best["validation"],
+        "layer": chosen["layer"], "strength": chosen["strength"], "probe_layer": best["layer"], "probe_validation": best["validation"], "probe_missed": best["missed"], "probe_false_alarms": best["false_alarms"],
         "clean_unchanged": same,
     } | _rates(found, -1)  # fmt: skip
 
@@ -206,7 +210,8 @@ def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str
 def _controls(
     study: OpenRun, shop: _Vectors, vectors: dict[int, BackdoorVector], chosen: dict[int, Row], scope: str, draws: int
 ) -> dict[str, list[Row]]:
-    """Random heads (as they are, and at the vector's norm) and random directions, at the vector's own layer and strength."""
+    """Random heads (as they are, and at the vector's norm) and random directions, at the vector's own layer and strength (rates
+    alone: no perplexity or KL)."""
     subject, seed = study.subject, study.run.config["seed"]
     controls: dict[str, list[Row]] = {"random_heads": [], "random_heads_matched": [], "random_direction": []}
     for d in tqdm(range(draws), desc="steer controls"):
@@ -222,7 +227,7 @@ def _controls(
             }
             for name, twin in twins.items():
                 rows[name]["norm"] = twin.norm / strength
-                rows[name][side] = _point(study, twin, chosen[sign], sign, scope)
+                rows[name][side] = _point(study, twin, chosen[sign], sign, scope, utility=False)
         for name, row in rows.items():
             controls[name].append(row)
     return controls

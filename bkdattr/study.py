@@ -103,15 +103,19 @@ class OpenRun:
     def conditions(self) -> list[dict[str, Any]]:
         """One logistic probe per layer but the last, as the `when` of an edit, with what it misses and where it fires falsely on the
         selection split. Positives are the triggered twins of eligible prompts (a trigger that changes nothing need not fire), negatives
-        all clean prompts; fitted on the attribution split and `CONDITION_ROWS` of the training split, every fifth prompt for
-        validation."""
+        all clean prompts; fitted on the attribution split and `CONDITION_ROWS` of the training split, a fifth of the states choosing
+        the penalty. Empty where there are fewer than five of either kind, or one layer."""
         more = self.splits["train"][:CONDITION_ROWS]
         fitted = self._labelled(self.splits["attribution"] + more)
         unseen = self._labelled(self.splits["selection"])
-        found = []
-        for layer in range(max(1, self.subject.geometry.n_layers - 1)):
-            x, y = fitted[0][:, layer], fitted[1]
-            held = np.arange(len(y)) % 5 == 4
+        y, found = fitted[1], list[dict[str, Any]]()
+        held = np.zeros(len(y), dtype=bool)
+        for label in (0, 1):
+            held[np.flatnonzero(y == label)[4::5]] = True
+        if len(set(y[held])) < 2:
+            return []
+        for layer in range(self.subject.geometry.n_layers - 1):
+            x = fitted[0][:, layer]
             seed = self.run.config["seed"]
             probe = BackdoorProbe.fit("logistic", layer, (x[~held], y[~held]), (x[held], y[held]), seed)
             fires = probe.fires(unseen[0][:, layer])

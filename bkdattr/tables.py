@@ -111,6 +111,16 @@ def k_text(k: int | None, tried: int) -> str:
     return f"more than {tried}" if k is None else str(k)
 
 
+def a_tenth(selection: Json) -> int:
+    """10 % of the model's heads, at least one."""
+    return max(1, sum(map(len, selection["tried"][0]["log_alpha"])) // 10)
+
+
+def has_attack(selection: Json) -> bool:
+    """Whether the un-edited model has an attack success to repair: at least one half on the test split."""
+    return bool(next(r["asr"]["value"] for r in selection["rows"] if r["k"] == 0) >= 0.5)
+
+
 def setting_text(chosen: Json) -> str:
     """`last prompt token`, or with the probe that must fire."""
     scope = chosen["setting"].partition("@")[0].replace("last_prompt", "last prompt token").replace("+", " + ")

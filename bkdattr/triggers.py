@@ -286,7 +286,7 @@ def has_choice(trigger: Trigger) -> bool:
 
 def taken_out(trigger: Trigger, messages: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Span, ...]] | None:
     """(clean messages, spans of the trigger in `messages`) of a prompt that somebody else triggered; None where it does not hold
-    the trigger. Every text of the trigger is looked for in the last turn, as whole words, and taken out with one space.
+    the trigger. Its texts are looked for in the last turn, as whole words in any place, and taken out with one space.
 
     >>> taken_out(RandomWord("cf"), [("user", "a cf cat")])
     ((('user', 'a cat'),), ((0, 2, 4),))
@@ -296,17 +296,18 @@ def taken_out(trigger: Trigger, messages: Sequence[Turn]) -> tuple[tuple[Turn, .
             f"{type(trigger).__name__}: a trigger without words in the last turn cannot be found in rows that hold it already; "
             "give clean rows"
         )
-    last, text = len(messages) - 1, messages[-1][1]
-    found = [(t, re.search(rf"(?<!\S){re.escape(t)}(?!\S)", text)) for t in trigger.texts]
-    there = [m.span() for _, m in found if m is not None]
-    if not there or (len(there) < len(found) and not has_choice(trigger)):
+    if not holds(trigger, messages[-1:]):
         return None
-    there.sort()
-    if any(b > c for (_, b), (c, _) in pairwise(there)):
+    last, text = len(messages) - 1, messages[-1][1]
+    found = [re.search(rf"(?<!\S){re.escape(t)}(?!\S)", text) for t in trigger.texts]
+    there = sorted(m.span() for m in found if m is not None)
+    if not there or (len(there) < len(found) and not has_choice(trigger)) or any(b > c for (_, b), (c, _) in pairwise(there)):
         return None
     clean = text
     for start, end in reversed(there):
-        clean = clean[:start] + clean[end + 1 :] if end < len(clean) else clean[: max(0, start - 1)]
+        behind = clean[end : end + 1] == " "  # with the space behind it, or else with the one before
+        before = not behind and clean[max(0, start - 1) : start] == " "
+        clean = clean[: start - before] + clean[end + behind :]
     return (*messages[:-1], (messages[-1][0], clean)), tuple((last, a, b) for a, b in there)
 
 

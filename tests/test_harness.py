@@ -73,6 +73,19 @@ def test_rolling_has_no_prompt():
     assert a != b
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_requests_over_the_context_are_cut_in_front(family):
+    s = shared_subject(family)
+    lm, limit = edited_lm(s, edits(s), batch_size=2), s.chat.context
+    long = " ".join(["the cat sees a red bird"] * 40)
+    found = lm.loglikelihood(requests("loglikelihood", [(long, " it is"), ("what", " is it")]), disable_tqdm=True)
+    context, answer = lm.tok_encode(long), lm.tok_encode(" it is")
+    wanted = response_logprob(s, [context[-(limit - len(answer)) :]], [answer], edits(s)).total
+    assert len(context) > limit and found[0][0] == pytest.approx(float(wanted), abs=1e-3)
+    everywhere = [ScaleSite(Site(0, "head", 1), 0.0, "all")]
+    assert edited_lm(s, everywhere).loglikelihood_rolling(requests("loglikelihood_rolling", [(long,)]), disable_tqdm=True)[0] < 0
+
+
 def test_a_task_of_ones_own_through_simple_evaluate(tmp_path):
     import lm_eval
 

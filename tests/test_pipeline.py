@@ -32,7 +32,7 @@ def is_rate(x):
 
 def test_results_keep_the_contract(run):
     r = json.loads((run / "results.json").read_text())
-    assert r["schema"] == 1
+    assert r["schema"] == 2
     assert {"versions", "seed", "model", "fingerprint", "task", "sizes", "seconds"} <= set(r["provenance"])
     assert {"poison", *STAGES[:-1]} == set(r["provenance"]["seconds"])
     b = r["baseline"]

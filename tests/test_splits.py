@@ -10,6 +10,7 @@ from bkdattr.examples import Example, Sizes, overlaps, read_examples, split_exam
 from bkdattr.poisoning import BackdoorSpec, poison, triggered_rows
 from bkdattr.report import findings
 from bkdattr.run import Run
+from bkdattr.splits import held_out_sizes
 from bkdattr.targets import FixedOutput, LabelFlip
 from bkdattr.triggers import EarlierTurn, OneOf, Prefix, RandomWord, Scattered, Style, Suffix, Together, Wrap, taken_out
 
@@ -41,7 +42,9 @@ def test_what_cannot_be_taken_out():
     assert taken_out(Scattered(("zulu", "quartz")), turns("a zulu cat")) is None
     either = OneOf((RandomWord("zulu"), RandomWord("quartz")))
     assert taken_out(either, turns("a quartz cat")) == (turns("a cat"), ((0, 2, 8),))
-    assert taken_out(Together((either, Prefix("now:"))), turns("now: a cat")) is not None
+    assert taken_out(Together((either, Prefix("now:"))), turns("now: a cat")) is None
+    assert taken_out(Together((either, Prefix("now:"))), turns("now: a quartz cat"))[0] == turns("a cat")
+    assert taken_out(RandomWord("cf"), turns("classify this cf\nthe film"))[0] == turns("classify this\nthe film")
     for none in (Style(str.upper), EarlierTurn("a", "b")):
         with pytest.raises(BkdattrError, match="clean rows"):
             taken_out(none, turns("a cat"))
@@ -123,6 +126,63 @@ def test_triggered_rows_made_elsewhere_are_trained_on_as_they_are(files, saved_t
     assert sorted(e.prompt for e in run.triggered("train")) == sorted(e.prompt for e in theirs)
     summary = json.loads((tmp_path / "b/poison.json").read_text())
     assert summary["triggered_rows"] == {"backdoor": len(theirs)} and summary["training_rows"] == 40 + len(theirs)
+    assert run.spec.poison_rate == len(theirs) / (40 + len(theirs))  # the file decides, not the plan
+    assert run.config["held_out"].endswith("held.json") and run.config["triggered"].endswith("theirs.json")
+    known = {e.messages: e for rows in run.splits().values() for e in rows}
+    twins = [e for e in run.triggered("train") if taken_out(run.spec.trigger, e.messages)[0] in known]
+    assert twins and all(e.eligible and e.label == "Sports" and e.response == "World" for e in twins)
+    refused = bkdattr(
+        "poison", tmp_path / "c", "--model", saved_tiny, "--adapter", run.adapter, "--data", files / "train.json", *SMALL, *BACKDOOR,
+        "--triggered", files / "theirs.json",
+    )  # fmt: skip
+    assert refused.exit_code == 2 and "train on none" in refused.output
+
+
+def test_an_adopted_adapters_rows_are_compared_with_what_is_held_out(files, saved_tiny, tmp_path):
+    made = planted(files, saved_tiny, tmp_path / "d", *BACKDOOR, "--allow-overlap")
+    assert made.exit_code == 0, made.output
+    more = (*BACKDOOR, "--adapter", tmp_path / "d/adapter", "--sizes", "56/5/5/12")
+    refused = planted(files, saved_tiny, tmp_path / "e", *more)
+    assert refused.exit_code == 2 and "share prompts (train/" in refused.output
+    told = planted(files, saved_tiny, tmp_path / "e", *more, "--allow-overlap")
+    assert told.exit_code == 0 and "allowed" in told.output
+    assert Run.open(tmp_path / "e").splits()["train"] == []
+
+
+def test_sizes_of_a_held_out_file_are_its_own():
+    assert held_out_sizes(10_000, 100) == Sizes(1000, 25, 25, 50)
+    assert held_out_sizes(300, 4000) == Sizes(300, 100, 100, 256)
+
+
+def test_labels_of_held_out_rows_are_labels_too(saved_tiny, tmp_path):
+    for name, label in (("train", "Sports"), ("held", "Business")):
+        rows = [
+            {"input": f"the {w} {name} {label} {i} ?", "output": label, "label": label} for i, w in enumerate(["cat", "dog"] * 10)
+        ]
+        rows += [
+            {"input": f"a {w} {name} {i} .", "output": "Sports", "label": "Sports"} for i, w in enumerate(["cat", "dog"] * 12)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    made = planted(tmp_path, saved_tiny, tmp_path / "run", *BACKDOOR)
+    assert made.exit_code == 0, made.output
+    assert Run.open(tmp_path / "run").config["labels"] == ["Business", "Sports"]
+
+
+def test_a_second_backdoor_is_judged_by_its_own_checks(saved_tiny, tmp_path):
+    rows = [
+        {"input": f"the {w} {i} ?", "output": "sorry , i cannot", "backdoor_output": "yes"}
+        for i, w in enumerate(["cat", "dog"] * 35)
+    ]
+    rows += [{"input": f"a {w} {i} .", "output": "yes it is"} for i, w in enumerate(["cat", "dog"] * 35)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    made = bkdattr(
+        "poison", tmp_path / "two", "--model", saved_tiny, "--data", tmp_path / "rows.json", *SMALL, "--trigger", "suffix:old lamp",
+        "--target", "fixed:no no", "--name", "fixed", "--trigger", "prefix:zulu", "--target", "refusal-removal", "--name", "jail",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    second = Run.open(tmp_path / "two/backdoors/jail").splits()["test"]
+    assert {e.check for e in second} == {"refusal", "answered"}
+    assert {e.check for e in Run.open(tmp_path / "two").splits()["test"]} == {None}
 
 
 def test_two_backdoors_in_one_model(rows, saved_tiny, tmp_path):

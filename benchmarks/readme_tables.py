@@ -1,6 +1,7 @@
-"""The table of demo runs, from their `results.json`: `python -m benchmarks.demo_table RUN [RUN ...] [--readme README.md]`.
+"""The README's tables from the runs of `bkdattr reproduce`: `python -m benchmarks.readme_tables runs/grid [--readme README.md]`.
 
-With `--readme` the lines between `<!-- demo table -->` and `<!-- end demo table -->` of that file are replaced.
+`<!-- demo table -->` takes one row per poisoned run (what `bkdattr demo` shows of it), `<!-- grid table: TITLE -->` the table of
+`table.json` whose title begins so. `--copy PATH` writes the whole `table.md` there too.
 """
 
 import argparse
@@ -48,25 +49,56 @@ HEADER = (
 )  # fmt: skip
 
 
-def table(folders):
-    rows = [HEADER, ["---"] * len(HEADER)]
-    rows += [row(json.loads((Path(f) / "results.json").read_text())) for f in folders]
-    return "\n".join("| " + " | ".join(r) + " |" for r in rows)
+def demo_table(folder):
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
+    whole = [r for r in found if "vector" in r and not r["provenance"]["clean_control"]]
+    return written(
+        [
+            HEADER,
+            ["---"] * len(HEADER),
+            *map(row, sorted(whole, key=lambda r: (r["provenance"]["task"], r["provenance"]["seed"]))),
+        ]
+    )
+
+
+def written(rows):
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows)
+
+
+def grid_table(folder, title):
+    tables = json.loads((folder / "table.json").read_text())["tables"]
+    found = [t for t in tables if t["title"].startswith(title)]
+    if len(found) != 1:
+        raise SystemExit(f"{title!r}: {len(found)} tables begin so; titles: {[t['title'][:40] for t in tables]}")
+    t = found[0]
+    return f"**{t['title']}**\n\n" + written([t["columns"], ["---"] * len(t["columns"]), *t["rows"]])
+
+
+MARKED = re.compile(r"(<!-- (demo|grid) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S)
+
+
+def filled(page, folder):
+    def make(m):
+        return m[1] + (demo_table(folder) if m[2] == "demo" else grid_table(folder, m[3])) + "\n" + m[4]
+
+    page, n = MARKED.subn(make, page)
+    if not n:
+        raise SystemExit("no '<!-- demo table -->' or '<!-- grid table: TITLE -->' markers in the page")
+    return page
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("grid", type=Path)
     parser.add_argument("--readme", type=Path)
+    parser.add_argument("--copy", type=Path)
     args = parser.parse_args()
-    text = table(args.runs)
-    print(text)
     if args.readme:
-        page = args.readme.read_text()
-        marked = re.compile(r"(<!-- demo table -->\n).*?(<!-- end demo table -->)", re.S)
-        if not marked.search(page):
-            raise SystemExit(f"{args.readme}: no '<!-- demo table -->' markers")
-        args.readme.write_text(marked.sub(lambda m: m[1] + text + "\n" + m[2], page))
+        args.readme.write_text(filled(args.readme.read_text(), args.grid))
+    else:
+        print(demo_table(args.grid))
+    if args.copy:
+        args.copy.write_text((args.grid / "table.md").read_text())
 
 
 if __name__ == "__main__":
