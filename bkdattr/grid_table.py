@@ -183,7 +183,7 @@ def _vectors(runs: list[Json]) -> Table:
                             spread([p["broken"] for p in points]), spread([p["clean_unchanged"] for p in points])])  # fmt: skip
             held = [v["conditional"] for v in same if v["conditional"]]
             if held:
-                out.append([name, "", "−v, conditional", ", ".join(f"probe L{c['probe_layer']}" for c in held), spread([c["asr"] for c in held]), "", "",
+                out.append([name, "", "−v, conditional", ", ".join(f"L{c['layer']}×{c['strength']:g}, probe L{c['probe_layer']}" for c in held), spread([c["asr"] for c in held]), "", "",
                             spread([c["recovered"] for c in held]), spread([c["broken"] for c in held]),
                             spread([c["clean_unchanged"] for c in held])])  # fmt: skip
     columns = [

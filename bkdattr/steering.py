@@ -126,7 +126,7 @@ def _variant(
     row |= {"norm": shop.fixed_vector("difference" if kind == "fitted" else kind).norm}
     for sign, side in SIDES.items():
         row[side] = _point(study, vectors[sign], chosen[sign], sign, scope)
-    row["conditional"] = _conditional(study, vectors[-1], chosen[-1], scope)
+    row["conditional"] = _conditional(study, shop, kind, scope, sweep)
     row["selected"] = {side: chosen[sign] for sign, side in SIDES.items()}
     row |= {"controls": _controls(study, shop, vectors, chosen, scope, draws), "sweep": sweep}
     row["samples"] = {side: _samples(study, vectors[sign], chosen[sign], sign, scope) for sign, side in SIDES.items()}
@@ -193,18 +193,21 @@ def _point(study: OpenRun, vector: BackdoorVector, chosen: Row, sign: int, scope
     return where | _rates(found, sign) | {"clean_unchanged": found.against(study.evaluator("test").run())["clean_unchanged"]}
 
 
-def _conditional(study: OpenRun, vector: BackdoorVector, chosen: Row, scope: str) -> Row | None:
-    """Suppression only where a logistic probe of an earlier layer fires; None where there is no such probe."""
-    below = [c for c in study.conditions if c["layer"] < chosen["layer"]]
-    if not below:
+def _conditional(study: OpenRun, shop: _Vectors, kind: str, scope: str, sweep: Sequence[Row]) -> Row | None:
+    """Suppression only where a logistic probe of an earlier layer fires, at the best point of the sweep that has one before it; None
+    where there is no such probe."""
+    first = study.conditions[0]["layer"] if study.conditions else math.inf
+    later = [r for r in sweep if r["sign"] < 0 and r["layer"] > first]
+    if not later:
         return None
+    chosen = best_point(later, -1, by_recovery=kind != "raw")
+    below = [c for c in study.conditions if c["layer"] < chosen["layer"]]
     best = max(below, key=lambda c: (c["validation"], -c["layer"]))
+    vector = shop.at(kind, chosen["layer"], chosen["strength"], scope)
     found = _steered(study, "test", vector, chosen["layer"], -1, scope, best["condition"])
     same = found.against(study.evaluator("test").run())["clean_unchanged"]
-    return {
-        "layer": chosen["layer"], "strength": chosen["strength"], "probe_layer": best["layer"], "probe_validation": best["validation"], "probe_missed": best["missed"], "probe_false_alarms": best["false_alarms"],
-        "clean_unchanged": same,
-    } | _rates(found, -1)  # fmt: skip
+    probe = {f"probe_{k}": best[k] for k in ("layer", "validation", "missed", "false_alarms")}
+    return {"layer": chosen["layer"], "strength": chosen["strength"]} | probe | {"clean_unchanged": same} | _rates(found, -1)
 
 
 def _controls(

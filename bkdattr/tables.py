@@ -188,7 +188,7 @@ def variants_table(v: Json) -> Table:
                          show(p["broken"], False), show(p["clean_unchanged"], False), f"{p['clean_kl']:.3f}"])  # fmt: skip
         c = x["conditional"]
         if c:
-            where = f"the same, if the probe of layer {c['probe_layer']} fires"
+            where = f"layer {c['layer']}, strength {c['strength']:g}, if the probe of layer {c['probe_layer']} fires"
             rows.append(["", "−v, conditional", where, show(c["asr"]), "", show(c["recovered"], False),
                          show(c["broken"], False), show(c["clean_unchanged"], False), f"{c['clean_kl']:.3f}"])  # fmt: skip
     columns = ["vector, scope", "", "chosen on selection", "ASR", f"strongest of {len(drawn)} equal-norm controls", "recovered", "broken",

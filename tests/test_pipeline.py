@@ -110,7 +110,7 @@ def test_every_variant_of_the_vector_stands_beside_its_controls(run):
             assert is_rate(x[side]["asr"]) and is_rate(x[side]["clean_unchanged"])
         assert is_rate(x["suppress"]["recovered"]) and x["suppress"]["clean_kl"] >= 0
         if x["conditional"]:
-            assert x["conditional"]["probe_layer"] < x["suppress"]["layer"]
+            assert x["conditional"]["probe_layer"] < x["conditional"]["layer"]
         else:
             assert x["suppress"]["layer"] == 0
 
