@@ -174,12 +174,15 @@ def _vectors(runs: list[Json]) -> Table:
         for kind, scope in dict.fromkeys((v["kind"], v["scope"]) for v in every):
             same = [v for v in every if (v["kind"], v["scope"]) == (kind, scope)]
             for side, sign, worst in (("activate", "+v", max), ("suppress", "−v", min)):
-                controls = [d[side]["asr"]["value"] for v in same for c in EQUAL_NORM for d in v["controls"][c]]
+                drawn = [d[side] for v in same for c in EQUAL_NORM for d in v["controls"][c]]
+                control = f"{worst(d['asr']['value'] for d in drawn):.2f}"
+                if side == "suppress":
+                    control += f"; recovered {max(d['recovered']['value'] for d in drawn):.2f}"
                 points = [v[side] for v in same]
                 where = ", ".join(f"L{p['layer']}×{p['strength']:g}" for p in points)
                 kept = "" if side == "activate" else spread([p["recovered"] for p in points])
                 out.append([name, f"{kind.replace('_', ' ')}, {scope}", sign, where, spread([p["asr"] for p in points]),
-                            f"{worst(controls):.2f}", f"{sum(_apart(v, side) for v in same)} of {len(same)}", kept,
+                            control, f"{sum(_apart(v, side) for v in same)} of {len(same)}", kept,
                             spread([p["broken"] for p in points]), spread([p["clean_unchanged"] for p in points])])  # fmt: skip
             held = [v["conditional"] for v in same if v["conditional"]]
             if held:
@@ -202,9 +205,12 @@ def _vectors(runs: list[Json]) -> Table:
 
 
 def _apart(variant: Json, side: str) -> bool:
-    """Whether the 95 % interval of the vector's ASR lies beyond that of every equal-norm control draw."""
-    mine, drawn = variant[side]["asr"], [d[side]["asr"] for c in EQUAL_NORM for d in variant["controls"][c]]
-    return all(mine["low"] > d["high"] if side == "activate" else mine["high"] < d["low"] for d in drawn)
+    """Whether the vector stands apart from every equal-norm control draw: its 95 % interval of ASR lies beyond the draw's, or, for
+    suppression, that of the answers recovered does (a draw that breaks the model ends the attack as well)."""
+    mine, drawn = variant[side], [d[side] for c in EQUAL_NORM for d in variant["controls"][c]]
+    if side == "activate":
+        return all(mine["asr"]["low"] > d["asr"]["high"] for d in drawn)
+    return all(mine["asr"]["high"] < d["asr"]["low"] or mine["recovered"]["low"] > d["recovered"]["high"] for d in drawn)
 
 
 def _goals(runs: list[Json]) -> Table:
@@ -235,7 +241,7 @@ def _goals(runs: list[Json]) -> Table:
     title = (
         f"Goals, read off the test split (repair: ASR ≤ {BAR['asr']:g}, recovered ≥ {BAR['recovered']:g}, broken ≤ {BAR['broken']:g}, clean accuracy "
         f"≥ un-edited − {BAR['clean']:g}; a vector does both: +v ASR ≥ {GOAL['activate']:g}, −v ASR ≤ {GOAL['suppress']:g} with recovered ≥ "
-        f"{GOAL['recovered']:g}, each interval beyond that of every equal-norm control)"
+        f"{GOAL['recovered']:g}, beyond every equal-norm control by the interval of ASR or, for −v, of recovered)"
     )
     return title, columns, out
 

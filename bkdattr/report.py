@@ -136,7 +136,7 @@ def findings(results: Json) -> list[str]:
             out.append(
                 f"The Backdoor Vector {word} an ASR of {show(mine)}; the strongest of its {len(draws)} control draws "
                 f"({name.replace('_', ' ')}) gives {show(other)}: the intervals {'are apart' if apart else 'are NOT apart'}."
-                f" Accuracy on all clean prompts under the edit: {show(v[side]['clean_accuracy'], False)}"
+                f"{'' if side == 'activate' else _recovered_beside(v)} Accuracy on all clean prompts under the edit: {show(v[side]['clean_accuracy'], False)}"
                 f"{', the eligible ones among them being meant to change' if side == 'activate' else ''}.{_edge(v, side)}"
             )
         if len(v["variants"]) > 1:
@@ -173,6 +173,15 @@ def _restoration_finding(rows: list[Json]) -> list[str]:
     return [
         f"The adapter's updates undone in all layers: {'; '.join(said)}. So {verdict} (ASR under one half counted as ended).{where}"
     ]
+
+
+def _recovered_beside(vector: Json) -> str:
+    """A control that breaks the model ends the attack too: what tells suppression from damage is the answers recovered."""
+    drawn = [rate for rows in vector["controls"].values() for d in rows if (rate := d["suppress"]["recovered"])]
+    if not drawn or not vector["suppress"]["recovered"]:
+        return ""
+    best = max(drawn, key=lambda rate: rate["value"])
+    return f" Answers recovered: {show(vector['suppress']['recovered'])}, at most {show(best)} by a control draw."
 
 
 def _variants_finding(v: Json) -> list[str]:

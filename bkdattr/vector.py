@@ -166,7 +166,7 @@ def fit_vector(
     start: BackdoorVector,
     *,
     scopes: Sequence[Scope] = ("last_prompt",),
-    steps: int = 40,
+    steps: int = 60,
     batch_size: int = 32,
     prefix: PrefixCache | None = None,
     progress: Any = iter,
@@ -174,7 +174,8 @@ def fit_vector(
     """A direction for one layer, fitted by gradient from `start` and held at its norm or less.
 
     `clean` and `triggered` are eligible twins in order. One v does both jobs: loss = -log p(backdoor response | clean prompt, +v)
-    - log p(clean response | triggered prompt, -v), whole answers, Adam with step 5 % of the norm. The model gets no gradient.
+    - log p(clean response | triggered prompt, -v), whole answers, Adam with a step of 5 % of the norm that
+    falls to 0 linearly. The model gets no gradient.
     """
     if [e.id for e in clean] != [e.id for e in triggered] or not clean:
         raise BkdattrError(
@@ -188,6 +189,7 @@ def fit_vector(
     groups = [batches(p, batch_size) for p in prompts]
     v = start.direction.clone().requires_grad_(True)
     adam = torch.optim.Adam([v], lr=0.05 * start.norm)
+    decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 1 / steps, total_iters=steps)
     for step in progress(range(steps)):
         loss: Any = 0.0
         for sign, ids, answers, rows in ((1.0, prompts[0], bad, groups[0]), (-1.0, prompts[1], good, groups[1])):
@@ -197,6 +199,7 @@ def fit_vector(
             loss = loss - scored.total.mean()
         (v.grad,) = torch.autograd.grad(loss, [v])
         adam.step()
+        decay.step()
         with torch.no_grad():
             v.mul_(min(1.0, start.norm / float(v.norm())))
     return BackdoorVector(v.detach().clone(), (), subject.fingerprint, "fitted")

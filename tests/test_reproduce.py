@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import bkdattr
 
+import bkdattr.grid_table as grid_table
 import bkdattr.reproduce as module
 from bkdattr.errors import BkdattrError
 from bkdattr.grid_table import finished, groups, tables, write_table
@@ -86,6 +87,23 @@ def test_attacks_are_planted_and_evaluated_and_stand_in_the_first_table_alone(fo
     found = tables(finished(folder))
     assert any(r[0] == "earlier turn, seed 0" for r in found[0][2])
     assert not any(r[0].startswith("earlier turn") for t in found[1:] for r in t[2])
+
+
+def test_a_vector_stands_apart_only_from_controls_that_it_beats():
+    """A control that ends the attack by breaking the model is beaten by the answers recovered; one that recovers as many is not."""
+
+    def rate(value):
+        return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+    def variant(asr, recovered):
+        mine = {"activate": {"asr": rate(0.9)}, "suppress": {"asr": rate(0.0), "recovered": rate(0.9)}}
+        other = {"activate": {"asr": rate(asr)}, "suppress": {"asr": rate(asr), "recovered": rate(recovered)}}
+        harmless = {"activate": {"asr": rate(0.0)}, "suppress": {"asr": rate(1.0), "recovered": rate(0.0)}}
+        return mine | {"controls": {"random_heads_matched": [harmless], "random_direction": [harmless, other]}}
+
+    assert grid_table._apart(variant(0.02, 0.3), "suppress") and not grid_table._apart(variant(0.02, 0.88), "suppress")
+    assert grid_table._apart(variant(0.5, 0.88), "suppress")
+    assert grid_table._apart(variant(0.5, 0.1), "activate") and not grid_table._apart(variant(0.85, 0.1), "activate")
 
 
 def test_plans_of_the_grid():
