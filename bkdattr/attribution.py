@@ -11,22 +11,25 @@ into a triggered prompt, and the *drop* of P(y_b|x). Both are measured for heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bkdattr.architectures import HeadGeometry, HeadIndex
-from bkdattr.edits import SetSite, Site
+from bkdattr.edits import Site
+from bkdattr.engine import Patcher
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.inference import PrefixCache, response_logprob
+from bkdattr.gradient import gradient_effects
 from bkdattr.metrics import bootstrap_interval, expected_jaccard, jaccard, kendall
 from bkdattr.model import Subject
+from bkdattr.screening import FRACTION, check_method, screen
 from bkdattr.traces import Traces, trace_prompts
 
 EFFECTS = ("sufficiency", "necessity")
@@ -36,7 +39,8 @@ SITES = ("head", "attention", "mlp")
 @dataclass(frozen=True, eq=False)
 class Attribution:
     """ACIE per head (or per attention or MLP block: one column) with its 95 % bootstrap interval over recipients. High is
-    strong for both effects: P gained for sufficiency, P lost for necessity."""
+    strong for both effects: P gained for sufficiency, P lost for necessity. Where `method` is "hybrid", the sites that are not
+    `verified` hold first-order estimates."""
 
     scores: Float[np.ndarray, "layer head"]
     low: Float[np.ndarray, "layer head"]
@@ -49,14 +53,17 @@ class Attribution:
     scope: str = "last_prompt"
     unit: str = "probability"
     site: str = "head"
+    verified: Bool[np.ndarray, "layer head"] | None = None
 
     def top(self, k: int) -> list[HeadIndex]:
-        """The k heads of largest ACIE, best first; ties go to the lower layer, then the lower head."""
+        """The k heads of largest ACIE, best first; ties go to the lower layer, then the lower head. Verified heads stand before
+        estimated ones."""
         if self.site != "head":
             raise BkdattrError(f"this attribution ranks {self.site} blocks, not heads; use its scores, one per layer")
         if not 0 <= k <= self.scores.size:
             raise BkdattrError(f"top-k: got k={k}, expected 0..{self.scores.size}")
-        order = np.argsort(-self.scores.reshape(-1), kind="stable")[:k]
+        known = np.ones(self.scores.shape, dtype=bool) if self.verified is None else self.verified
+        order = np.lexsort((-self.scores.reshape(-1), ~known.reshape(-1)))[:k]
         n_heads = self.scores.shape[1]
         return [HeadIndex(int(i) // n_heads, int(i) % n_heads) for i in order]
 
@@ -66,12 +73,13 @@ class Attribution:
             "n_layers": self.scores.shape[0], "n_heads": self.scores.shape[1], "scores": self.scores.tolist(),
             "low": self.low.tolist(), "high": self.high.tolist(), "n_donor": self.n_donor,
             "n_recipient": self.n_recipient, "fingerprint": self.fingerprint,
-        }  # fmt: skip
+        } | ({} if self.verified is None else {"verified": self.verified.tolist()})  # fmt: skip
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Attribution:
         fields: dict[str, Any] = {k: v for k, v in row.items() if k in cls.__dataclass_fields__}
         fields |= {k: np.asarray(fields[k], dtype=np.float64) for k in ("scores", "low", "high")}
+        fields |= {k: np.asarray(fields[k], dtype=bool) for k in ("verified",) if fields.get(k) is not None}
         return cls(**fields)
 
 
@@ -118,23 +126,34 @@ def site_effects(
     effect: str = "sufficiency",
     batch_size: int = 64,
 ) -> Iterator[tuple[Site, Float[Tensor, " prompt"]]]:
-    """Yield (site, CIE per recipient) one site at a time: the readable loop, one pass of every prompt per site.
+    """Yield (site, CIE per recipient), layer by layer, exactly (`engine.Patcher`).
 
     Sufficiency: donors are triggered, recipients clean, CIE = P(patched) - P. Necessity: donors are clean, recipients
     triggered, CIE = P - P(patched).
     """
     if effect not in EFFECTS:
         raise BkdattrError(f"effect {effect!r}: expected one of {', '.join(EFFECTS)}")
-    prefix = PrefixCache()  # what stands before the last prompt token is the same for every site
+    patcher = Patcher(subject, recipients.prompts, recipients.responses, batch_size=batch_size)
+    for _, group in groupby(sorted(sites, key=lambda s: (s.layer, s.kind)), key=lambda s: (s.layer, s.kind)):
+        layer = list(group)
+        found = patcher.patched([(site, donors.mean_at(site)) for site in layer]).exp()
+        for site, probability in zip(layer, found, strict=True):
+            change = probability - patcher.base.exp()
+            yield site, change if effect == "sufficiency" else -change
 
-    def probability(edits: Sequence[SetSite]) -> Tensor:
-        found = response_logprob(subject, recipients.prompts, recipients.responses, edits, batch_size=batch_size, prefix=prefix)
-        return found.mean.exp()
 
-    base = probability([])
-    for site in sites:
-        change = probability([SetSite(site, donors.mean_at(site))]) - base
-        yield site, change if effect == "sufficiency" else -change
+def estimate_effects(
+    subject: Subject,
+    recipients: Recipients,
+    donors: Traces,
+    kind: str = "head",
+    *,
+    effect: str = "sufficiency",
+    batch_size: int = 64,
+) -> dict[Site, Float[Tensor, " prompt"]]:
+    """First-order estimates of the CIEs of all heads, attention or MLP blocks, signed as `site_effects` signs them."""
+    found = gradient_effects(subject, recipients.prompts, recipients.responses, donors, kind, batch_size=batch_size)
+    return found if effect == "sufficiency" else {s: -x for s, x in found.items()}
 
 
 def summarise_effects(
@@ -145,6 +164,8 @@ def summarise_effects(
     *,
     effect: str = "sufficiency",
     site: str = "head",
+    method: str = "exact",
+    verified: Iterable[Site] | None = None,
 ) -> Attribution:
     """ACIE and its interval from the CIEs of every site; one bootstrap draw of recipients serves all of them."""
     sites = sites_of(geometry, site)
@@ -156,7 +177,8 @@ def summarise_effects(
     low, high = bootstrap_interval(samples)
     return Attribution(
         samples.mean(0).reshape(shape), low.reshape(shape), high.reshape(shape), n_donor, len(samples), fingerprint,
-        effect=effect, site=site,
+        effect=effect, site=site, method=method,
+        verified=None if verified is None else np.isin(range(len(sites)), [sites.index(s) for s in verified]).reshape(shape),
     )  # fmt: skip
 
 
@@ -186,12 +208,17 @@ def baha(
     site: str = "head",
     batch_size: int = 64,
     progress: Any = iter,
+    method: str = "exact",
+    fraction: float = FRACTION,
 ) -> Attribution:
     """ACIE of every head (or `site` "attention" or "mlp" block) from `clean` prompts and their `triggered` twins, eligible
     examples only. Triggered prompts are the donors of sufficiency and the recipients of necessity.
 
-    `progress` wraps the iteration over sites (e.g. `functools.partial(tqdm, total=96)`).
+    `method`: "exact" patches every site; "gradient" estimates all of them to first order (`gradient.gradient_effects`); "hybrid"
+    estimates all and patches the best `fraction` of them and a random sample of the rest.
+    `progress` wraps the iteration over sites that are patched (e.g. `functools.partial(tqdm, total=96)`).
     """
+    check_method(method, fraction)
     if any(not e.eligible for e in triggered):
         raise BkdattrError("donors must be eligible examples: got one that is not")
     if any(not e.spans for e in triggered) or any(e.spans for e in clean):
@@ -201,5 +228,14 @@ def baha(
         )
     given, taken = (triggered, clean) if effect == "sufficiency" else (clean, triggered)
     recipients, donors = Recipients.of(subject, taken), trace_prompts(subject, given, batch_size=batch_size)
-    effects = site_effects(subject, recipients, donors, sites_of(subject.geometry, site), effect=effect, batch_size=batch_size)
-    return summarise_effects(dict(progress(effects)), subject.geometry, len(given), subject.fingerprint, effect=effect, site=site)
+    sites, effects, verified = sites_of(subject.geometry, site), dict[Site, Tensor](), None
+    if method != "exact":
+        effects = estimate_effects(subject, recipients, donors, site, effect=effect, batch_size=batch_size)
+        best, sample = screen(effects, fraction)
+        sites = [] if method == "gradient" else [*best, *sample]
+        verified = sites if method == "hybrid" else None
+    if sites:
+        effects |= dict(progress(site_effects(subject, recipients, donors, sites, effect=effect, batch_size=batch_size)))
+    return summarise_effects(
+        effects, subject.geometry, len(given), subject.fingerprint, effect=effect, site=site, method=method, verified=verified
+    )

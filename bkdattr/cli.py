@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bkdattr.errors import BkdattrError
+from bkdattr.terminal import errors, numbers, parse_sizes, quiet_libraries, say
 
 if TYPE_CHECKING:
-    from bkdattr.examples import Sizes
     from bkdattr.lora import LoraRecipe
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -23,46 +20,6 @@ app = typer.Typer(
 
 RunArg = Annotated[Path, typer.Argument(help="The run directory.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again although a result with the same inputs is there.")]
-
-
-def say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """One line and exit code 2 for bad input, no traceback."""
-    try:
-        yield
-    except BkdattrError as error:
-        say("error: " + " ".join(str(error).split()))
-        raise typer.Exit(2) from None
-    except OSError as error:
-        say(f"error: {error.strerror or error}: {error.filename or ''}; check the path and its permissions")
-        raise typer.Exit(2) from None
-
-
-def quiet_libraries() -> None:
-    """Our own bars and messages only."""
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def parse_sizes(text: str | None) -> Sizes | None:
-    from bkdattr.examples import Sizes
-
-    if text is None:
-        return None
-    parts = text.split("/")
-    if len(parts) != 4 or not all(p.isdigit() for p in parts):
-        raise BkdattrError(f"--sizes {text!r}: expected TRAIN/ATTRIBUTION/SELECTION/TEST, e.g. 600/100/100/200")
-    return Sizes(*map(int, parts))
 
 
 def _recipe(mini: bool, given: dict[str, Any]) -> LoraRecipe | None:
@@ -166,13 +123,6 @@ def poison(
             say(f"{run / 'backdoors' / other['name']}: the same model, for the stages on its other backdoor {other['name']!r}")
 
 
-def _numbers(option: str, text: str, example: str, *, whole: bool = False) -> list[Any]:
-    try:
-        return [int(x) if whole else float(x) for x in text.split(",")]
-    except ValueError:
-        raise BkdattrError(f"{option} {text!r}: expected {'whole ' if whole else ''}numbers, e.g. {example}") from None
-
-
 def _study(run: Path) -> Any:
     quiet_libraries()
     from bkdattr.run import Run
@@ -230,11 +180,18 @@ def probe(
 
 
 @app.command()
-def attribute(run: RunArg, force: Force = False) -> None:
+def attribute(
+    run: RunArg,
+    method: Annotated[
+        str, typer.Option(help="exact; gradient (first-order estimates); hybrid (those, and the best heads patched exactly).")
+    ] = "exact",
+    fraction: Annotated[float, typer.Option(help="Share of the heads that hybrid patches.")] = 0.15,
+    force: Force = False,
+) -> None:
     """BAHA: the causal effect of every attention head on the backdoor response. Interrupted, it goes on where it was."""
     with errors():
         study = _study(run)
-        study.attribute(force=force)
+        study.attribute(method=method, fraction=fraction, force=force)
         _show(study)
 
 
@@ -247,7 +204,7 @@ def ablate(
 ) -> None:
     """Remove the top heads (zero, mean, resample) and random ones, and measure what is left."""
     with errors():
-        points = [int(k) for k in _numbers("--ks", ks, "0,1,2,4", whole=True)]
+        points = [int(k) for k in numbers("--ks", ks, "0,1,2,4", whole=True)]
         study = _study(run)
         study.ablate(ks=points, draws=draws, force=force)
         _show(study)
@@ -271,8 +228,8 @@ def select(
 ) -> None:
     """Choose heads jointly (learned gates, greedy) and compare them with ACIE's top-k and random heads at equal k."""
     with errors():
-        points = None if ks is None else [int(k) for k in _numbers("--ks", ks, "1,2,4", whole=True)]
-        weights = _numbers("--sparsity", sparsity, "0.01,3")
+        points = None if ks is None else [int(k) for k in numbers("--ks", ks, "1,2,4", whole=True)]
+        weights = numbers("--sparsity", sparsity, "0.01,3")
         study = _study(run)
         parts = [s.strip() for s in settings.split(",")]
         study.select(ks=points, settings=parts, sparsity=weights, steps=steps, draws=draws, force=force)
@@ -307,10 +264,10 @@ def steer(
 ) -> None:
     """Build the Backdoor Vector, choose its layer on the selection split, and measure both signs on the test split."""
     with errors():
-        numbers = _numbers("--strengths", strengths, "1,2,4")
+        strong = numbers("--strengths", strengths, "1,2,4")
         study = _study(run)
         names, parts = ([x.strip() for x in text.split(",")] for text in (kinds, scopes))
-        study.steer(k=k, strengths=numbers, draws=draws, kinds=names, scopes=parts, force=force)
+        study.steer(k=k, strengths=strong, draws=draws, kinds=names, scopes=parts, force=force)
         _show(study)
 
 
@@ -383,7 +340,7 @@ def reproduce(
         from bkdattr.reproduce import Grid, plant_attacks, reproduce
 
         grid = Grid(
-            tuple(x.strip() for x in tasks.split(",")), tuple(_numbers("--seeds", seeds, "0,1,2", whole=True)),
+            tuple(x.strip() for x in tasks.split(",")), tuple(numbers("--seeds", seeds, "0,1,2", whole=True)),
             tuple(x.strip() for x in variants.split(",")), model, data, recipe, dtype, device, pad_token,
         )  # fmt: skip
         if attacks and model != "mini":

@@ -78,16 +78,18 @@ class ScaleSite:
 
 @dataclass(frozen=True, eq=False)
 class BlendSite:
-    """The site becomes `keep * x + (1 - keep) * value`: a soft ablation, differentiable in `keep` (and `value`)."""
+    """The site becomes `keep * x + (1 - keep) * value`: a soft ablation, differentiable in `keep` (and `value`). `keep` is
+    [width] for every row or [batch, width] row by row."""
 
     site: Site
     value: Float[Tensor, " width"]
-    keep: Float[Tensor, " width"]
+    keep: Float[Tensor, "*batch width"]
     scope: Scope = "last_prompt"
     when: Condition | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         keep, value = self.keep.to(x.device, x.dtype), self.value.to(x.device, x.dtype)
+        keep = keep if keep.ndim == 1 else keep[:, None]
         return keep * x + (1 - keep) * value
 
 

@@ -15,22 +15,21 @@ from torch import Tensor
 from bkdattr.chat import Batch, make_batch
 from bkdattr.edits import Edit, Where
 from bkdattr.errors import BkdattrError
-from bkdattr.interventions import edited
+from bkdattr.interventions import body_of, edited
 from bkdattr.model import Subject
 
 EditsFor = Callable[[Sequence[int]], Sequence[Edit]]
 """Edits that differ between prompts: called with the row numbers of a batch."""
 
 
-def forward(subject: Subject, batch: Batch, past: Any = None, **kwargs: Any) -> Any:
-    """One forward pass of a batch's columns that `past` does not hold yet, with explicit position ids."""
+def forward(subject: Subject, batch: Batch, past: Any = None, *, body: bool = False, **kwargs: Any) -> Any:
+    """One forward pass of a batch's columns that `past` does not hold yet, with explicit position ids; `body`: without the
+    unembedding."""
     done = past.get_seq_length() if past is not None else 0
-    accepted = inspect.signature(subject.causal_lm.forward).parameters
-    if "position_ids" in accepted:
+    module = body_of(subject) if body else subject.causal_lm
+    if "position_ids" in inspect.signature(module.forward).parameters:
         kwargs["position_ids"] = batch.position_ids[:, done:]
-    return subject.causal_lm(
-        input_ids=batch.input_ids[:, done:], attention_mask=batch.attention_mask, past_key_values=past, **kwargs
-    )
+    return module(input_ids=batch.input_ids[:, done:], attention_mask=batch.attention_mask, past_key_values=past, **kwargs)
 
 
 def edits_of(edits: Sequence[Edit] | EditsFor, rows: Sequence[int]) -> Sequence[Edit]:
@@ -64,7 +63,13 @@ class PrefixCache:
     fingerprint: str | None = None
 
     def get(self, subject: Subject, batch: Batch, key: Any) -> Any:
-        """A fresh copy of the prefix of `batch`, or None where it does not fit the budget."""
+        """A copy of the prefix of `batch`, for a pass that adds to it; None for prompts of one token."""
+        kept = self.borrow(subject, batch, key)
+        return copy.deepcopy(kept) if key in self.kept else kept
+
+    def borrow(self, subject: Subject, batch: Batch, key: Any) -> Any:
+        """The prefix of `batch` itself, for passes that leave it as it is; made again each time where it does not fit the
+        budget. None for prompts of one token."""
         self.fingerprint = self.fingerprint or subject.fingerprint
         if self.fingerprint != subject.fingerprint:
             raise BkdattrError(f"this prefix cache belongs to {self.fingerprint}, not to {subject.fingerprint}; make a new one")
@@ -79,7 +84,7 @@ class PrefixCache:
             if self.bytes + size > self.max_bytes:
                 return cache
             self.kept[key], self.bytes = cache, self.bytes + size
-        return copy.deepcopy(self.kept[key])
+        return self.kept[key]
 
 
 @dataclass(frozen=True, eq=False)

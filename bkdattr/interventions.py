@@ -72,7 +72,7 @@ class _Call:
         return self.masks[scope]
 
 
-def _body(subject: Subject) -> Any:
+def body_of(subject: Subject) -> Any:
     """The module that owns the decoder layers: called once per forward pass, with the cache among its arguments."""
     return subject.causal_lm.get_submodule(subject.architecture.layers.rpartition(".")[0])
 
@@ -171,7 +171,7 @@ def edited(
 
     with ExitStack() as stack:
         if edits:
-            handle = _body(subject).register_forward_pre_hook(call.before_body, with_kwargs=True)
+            handle = body_of(subject).register_forward_pre_hook(call.before_body, with_kwargs=True)
             stack.callback(handle.remove)
             for condition in dict.fromkeys(e.when for e in edits if e.when is not None):
                 layer_module = subject.sites[condition.layer].layer
@@ -270,7 +270,7 @@ def capture(
         return hook
 
     with ExitStack() as stack:
-        stack.callback(_body(subject).register_forward_pre_hook(call.before_body, with_kwargs=True).remove)
+        stack.callback(body_of(subject).register_forward_pre_hook(call.before_body, with_kwargs=True).remove)
         for layer in z:
             stack.callback(subject.sites[layer].out_proj.register_forward_pre_hook(z_hook(layer)).remove)
         reads = [(l, subject.sites[l].layer, trace.resid_post) for l in resid_post]
@@ -279,3 +279,66 @@ def capture(
         for layer, module, into in reads:
             stack.callback(module.register_forward_hook(output_hook(layer, into)).remove)
         yield trace
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+@dataclass(eq=False)
+class Residuals:
+    """What every decoder layer gave in one forward pass: its whole output, where and as it stood (no copy), and how many
+    things a layer returns (0: the tensor alone)."""
+
+    out: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
+    returns: int = 0
+
+
+@contextmanager
+def residuals(subject: Subject) -> Iterator[Residuals]:
+    """Keep the output of every decoder layer of the forward pass inside."""
+    found = Residuals()
+
+    def hook(layer: int) -> Callable[..., None]:
+        def read(_module: Any, _args: Any, output: Any) -> None:
+            found.returns = len(output) if isinstance(output, tuple) else 0
+            found.out[layer] = output[0] if isinstance(output, tuple) else output
+
+        return read
+
+    with ExitStack() as stack:
+        for layer, sites in enumerate(subject.sites):
+            stack.callback(sites.layer.register_forward_hook(hook(layer)).remove)
+        yield found
+
+
+@contextmanager
+def only_layers(
+    subject: Subject, layers: range, given: Float[Tensor, "batch pos d_model"] | None, returns: int
+) -> Iterator[None]:
+    """Run forward passes through `layers` alone, from `given` as the residual stream that enters the first of them.
+
+    The others hand on what they are given. The list keeps its length, because some families look a layer's attention mask up by its
+    place in it. `given` is needed unless `layers` starts at 0.
+    """
+    if (given is None) != (layers.start == 0):
+        raise BkdattrError(
+            f"layers {layers}: expected a residual stream to start from where the first layer is not 0, and only there"
+        )
+
+    def hand_on(layer: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = given if layer == 0 else args[0] if args else kwargs["hidden_states"]
+            return (x, *[None] * (returns - 1)) if returns else x
+
+        return forward
+
+    def restore(module: Any, before: Any) -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    with ExitStack() as stack:
+        for i, sites in enumerate(subject.sites):
+            if i not in layers:
+                stack.callback(restore, sites.layer, sites.layer.__dict__.get("forward"))
+                sites.layer.forward = hand_on(i)
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,15 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import kendalltau
 
     return float(kendalltau(np.asarray(a).ravel(), np.asarray(b).ravel()).statistic)
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None where one side is constant."""
+    from scipy.stats import spearmanr
+
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return float(spearmanr(a, b).statistic)
 
 
 def expected_jaccard(k: int, total: int) -> float:

@@ -120,6 +120,9 @@ def findings(results: Json) -> list[str]:
             f"The best probe by validation ({best['kind']}, layer {best['layer']}) reaches {best['accuracy']:.2f} on its test part; "
             f"{', '.join(gaps)}: a gap of {gap:+.2f} to the strongest refitted control. {PROBE_CAVEAT}"
         )
+    for a in results.get("attribution", []):
+        if a["site"] == "head" and a["method"] != "exact":
+            out.append(_method_finding(a))
     if "ablation" in results and "provenance" in results:
         out += _ablation_finding(results)
     if "selection" in results:
@@ -173,6 +176,19 @@ def _restoration_finding(rows: list[Json]) -> list[str]:
     return [
         f"The adapter's updates undone in all layers: {'; '.join(said)}. So {verdict} (ASR under one half counted as ended).{where}"
     ]
+
+
+def _method_finding(a: Json) -> str:
+    """What a ranking that was not patched throughout rests on."""
+    if a["method"] == "gradient":
+        return f"The heads' effects ({a['effect']}) are first-order estimates by gradient; none was patched."
+    g = a["agreement"]
+    rho = "–" if g["spearman_sampled"] is None else f"{g['spearman_sampled']:.2f}"
+    return (
+        f"The heads' effects ({a['effect']}): {g['verified']} of {sum(map(len, a['scores']))} heads, those of largest estimate by gradient, were patched "
+        f"exactly, and {g['sampled']} of the others drawn at random. In these estimates and effects rank alike with Spearman {rho}; "
+        f"{g['missed_in_sample']} of them would have stood among the top {g['k']}."
+    )
 
 
 def _recovered_beside(vector: Json) -> str:

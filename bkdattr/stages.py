@@ -18,7 +18,17 @@ from tqdm.auto import tqdm
 from bkdattr import joint, restoration, steering
 from bkdattr.ablation import CURVE, MODES, ablate, curve_ks, random_heads
 from bkdattr.architectures import HeadIndex
-from bkdattr.attribution import EFFECTS, SITES, Recipients, rank_stability, site_effects, sites_of, summarise_effects
+from bkdattr.attribution import (
+    EFFECTS,
+    SITES,
+    Recipients,
+    estimate_effects,
+    rank_stability,
+    site_effects,
+    sites_of,
+    summarise_effects,
+)  # fmt: skip
+from bkdattr.edits import Site
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Judged
 from bkdattr.examples import Example
@@ -26,8 +36,10 @@ from bkdattr.metrics import Rate
 from bkdattr.misses import near_misses
 from bkdattr.poisoning import BackdoorSpec
 from bkdattr.probes import KINDS, ProbeSplit, States, probe_all
+from bkdattr.run import Ledger
+from bkdattr.screening import FRACTION, agreement, check_method, screen
 from bkdattr.study import OpenRun
-from bkdattr.traces import trace_prompts
+from bkdattr.traces import Traces, trace_prompts
 from bkdattr.triggers import Trigger
 from bkdattr.vector import default_k
 
@@ -123,38 +135,57 @@ class Study(OpenRun):
         return trace_prompts(self.subject, examples, batch_size=self.run.config["batch_size"]).resid_post.numpy()
 
     # ------------------------------------------------------------------------------------------ attribute
-    def attribute(self, *, force: bool = False) -> dict[str, Any]:
-        """BAHA on the attribution split, sufficiency and necessity of heads, attention blocks and MLP blocks; finished sites
-        are kept, an interrupted run goes on from them."""
-        with self.stage("attribute", {}, force) as result:
+    def attribute(self, *, method: str = "exact", fraction: float = FRACTION, force: bool = False) -> dict[str, Any]:
+        """BAHA on the attribution split, sufficiency and necessity of heads, attention blocks and MLP blocks; finished layers
+        are kept, an interrupted run goes on from them. `method` is that of `baha`; "hybrid" screens heads alone."""
+        check_method(method, fraction)
+        options: dict[str, Any] = {} if method == "exact" else {"method": method, "fraction": fraction}
+        with self.stage("attribute", options, force) as result:
             if result is not None:
                 clean, triggered = self.eligible("attribution")
-                subject, ledger = self.subject, self.run.ledger("attribute", self.inputs)
-                kinds = [(effect, kind) for kind in SITES for effect in EFFECTS]
-                total = len(EFFECTS) * sum(len(sites_of(subject.geometry, kind)) for kind in SITES)
-                found = []
+                given = {"sufficiency": (self.donors, clean), "necessity": (self.clean_donors, triggered)}
+                ledger = self.run.ledger("attribute", {**self.inputs, **options})
+                total = len(EFFECTS) * sum(len(sites_of(self.subject.geometry, kind)) for kind in SITES)
                 if len(ledger.rows):
                     self.say(f"attribute: {len(ledger.rows)} of {total} sites were finished before")
                 with tqdm(desc="attribute", total=total, initial=len(ledger.rows)) as bar:
-                    for effect, kind in kinds:
-                        sites = sites_of(subject.geometry, kind)
-                        todo = [x for x in sites if f"{effect} {x}" not in ledger]
-                        if todo:
-                            recipients = Recipients.of(subject, clean if effect == "sufficiency" else triggered)
-                            donors = self.donors if effect == "sufficiency" else self.clean_donors
-                            batch_size = self.run.config["batch_size"]
-                            for x, cie in site_effects(subject, recipients, donors, todo, effect=effect, batch_size=batch_size):
-                                ledger.put(f"{effect} {x}", cie.tolist())
-                                bar.update()
-                        effects = {x: torch.tensor(ledger[f"{effect} {x}"]) for x in sites}
-                        summary = summarise_effects(
-                            effects, subject.geometry, len(triggered), subject.fingerprint, effect=effect, site=kind
-                        ).to_json()
-                        if kind == "head":
-                            summary["stability"] = rank_stability(effects, default_k(len(sites)))
-                        found.append(summary)
+                    found = [
+                        self._attributed(kind, effect, *given[effect], method, fraction, ledger, bar)
+                        for kind in SITES
+                        for effect in EFFECTS
+                    ]
                 result["attributions"] = found
         return self.run.result("attribute", self.inputs)
+
+    def _attributed(
+        self, kind: str, effect: str, donors: Traces, taken: list[Example], method: str, fraction: float, ledger: Ledger, bar: Any
+    ) -> dict[str, Any]:
+        subject, size = self.subject, self.run.config["batch_size"]
+        method = "exact" if method == "hybrid" and kind != "head" else method
+        recipients, sites = Recipients.of(subject, taken), sites_of(subject.geometry, kind)
+        guess, best, sample, patched = dict[Site, torch.Tensor](), list[Site](), list[Site](), sites
+        if method != "exact":
+            guess = estimate_effects(subject, recipients, donors, kind, effect=effect, batch_size=size)
+            best, sample = screen(guess, fraction, self.run.config["seed"]) if method == "hybrid" else ([], [])
+            patched = [*best, *sample]
+        left = {x.layer for x in patched if f"{effect} {x}" not in ledger}  # whole layers, so that batches are always the same
+        todo = [x for x in patched if x.layer in left]
+        if todo:
+            for x, cie in site_effects(subject, recipients, donors, todo, effect=effect, batch_size=size):
+                bar.update(f"{effect} {x}" not in ledger)
+                ledger.put(f"{effect} {x}", cie.tolist())
+        exact = {x: torch.tensor(ledger[f"{effect} {x}"]) for x in patched}
+        bar.update(len(sites) - len(patched))
+        summary = summarise_effects(
+            guess | exact, subject.geometry, len(donors.ids), subject.fingerprint, effect=effect, site=kind, method=method,
+            verified=patched if method == "hybrid" else None,
+        ).to_json()  # fmt: skip
+        if kind == "head":
+            k = default_k(len(sites))
+            summary["stability"] = rank_stability(guess | exact, k)
+            if method == "hybrid":
+                summary["agreement"] = agreement(guess, exact, best, sample, k)
+        return summary
 
     # ------------------------------------------------------------------------------------------ ablate
     def ablate(self, *, ks: Sequence[int] = CURVE, draws: int = steering.DRAWS, force: bool = False) -> dict[str, Any]:

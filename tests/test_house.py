@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
-    "inference", "traces", "lora", "probes", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run",
-    "planting", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "cli", "__main__",
+    "inference", "engine", "traces", "lora", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run",
+    "planting", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
     "lens",
@@ -30,6 +30,7 @@ OUTSIDE = {
     "steering",
     "stages",
     "cli",
+    "terminal",
     "__main__",
     "mini",
 }

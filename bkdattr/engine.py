@@ -1,0 +1,261 @@
+"""Exact patching at the last prompt token, resumed at the patched layer: the numbers of one whole pass per site for a fraction of it.
+
+A patch at the last prompt token of layer l leaves every earlier position and every layer below l as they were, and layer l itself
+at the answer's tokens. So the prompts' prefixes and one pass of their *tails* (last prompt token and answer) are run once; a patch
+runs layer l for the one patched token, then the tail through the layers behind l, for many sites and prompts in one batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bkdattr.chat import Batch, make_batch
+from bkdattr.edits import SetSite, Site, Where
+from bkdattr.errors import BkdattrError
+from bkdattr.inference import PrefixCache, forward, response_logprob
+from bkdattr.interventions import Residuals, capture, edited, only_layers, residuals
+from bkdattr.model import Subject
+
+Patch = tuple[Site, Float[Tensor, " width"]]
+CPU_TOKENS = 1024
+"""Tokens in one pass on a CPU: more only fall out of its caches."""
+CHECKED = 4
+"""Prompts on which an engine first proves that it resumes this model exactly."""
+
+
+def _lend(cache: Any, times: int) -> Any:
+    """A prefix for passes of `times` copies of its rows: a layer repeats its keys and values when asked and keeps nothing."""
+    if cache is None:
+        return None
+
+    def lent(layer: Any) -> Any:
+        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            whole = copy.copy(layer)
+            whole.keys, whole.values = (x.repeat(times, 1, 1, 1) for x in (layer.keys, layer.values))
+            return whole.update(keys, values, *args, **kwargs)
+
+        out = copy.copy(layer)  # its own class, which some caches and masks look at
+        out.update = update
+        return out
+
+    out = copy.copy(cache)
+    out.layers = [lent(layer) for layer in cache.layers]
+    return out
+
+
+def _times(batch: Batch, times: int, width: int | None = None) -> Batch:
+    """`times` copies of a batch's rows one after the other, of its first `width` columns."""
+    ids, mask, positions = (t[:, :width].repeat(times, 1) for t in (batch.input_ids, batch.attention_mask, batch.position_ids))
+    return Batch(ids, mask, positions, batch.last_prompt.repeat(times), batch.prompt_lengths.repeat(times))
+
+
+@dataclass(frozen=True, eq=False)
+class _Bucket:
+    """Prompts of about one length and what their un-patched tails left behind."""
+
+    rows: list[int]
+    key: tuple[tuple[int, ...], ...]
+    prompts: Batch
+    whole: Batch
+    targets: Int[Tensor, "row token"]
+    mask: Bool[Tensor, "row token"]
+    tail: Residuals
+    z: Float[Tensor, "layer row width"]
+    base: Float[Tensor, " row"]
+
+    @property
+    def n_tail(self) -> int:
+        return self.whole.input_ids.shape[1] - self.prompts.input_ids.shape[1] + 1
+
+
+class Patcher:
+    """Mean log p of each prompt's response under patches at the last prompt token, one patch at a time.
+
+    `base` is the un-patched mean log p (nats per token) in the order of the prompts. `reason` is None, or says why this model
+    cannot be resumed; then every patch is a pass through all layers, as exact and slower. `batch_size` prompts are held together;
+    how many sites go with them follows from the memory that is free.
+    """
+
+    def __init__(
+        self, subject: Subject, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, batch_size: int = 64
+    ) -> None:
+        if not prompts or len(prompts) != len(responses) or any(len(r) == 0 for r in responses):
+            raise BkdattrError(
+                f"patching: got {len(prompts)} prompts and {len(responses)} responses, expected one non-empty response each"
+            )
+        self.subject, self.prompts, self.responses, self.batch_size = subject, prompts, responses, batch_size
+        self.tokens = 0  # positions that went through the model
+        self._prefix, self._share = PrefixCache(), 1.0
+        subject.check_eval()
+
+    @cached_property
+    def _buckets(self) -> list[_Bucket]:
+        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.responses[i]), len(self.prompts[i])))
+        return [self._bucket(order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
+
+    @cached_property
+    def base(self) -> Float[Tensor, " prompt"]:
+        if self.reason is not None:
+            return self._whole([])
+        out = torch.zeros(len(self.prompts))
+        for bucket in self._buckets:
+            out[bucket.rows] = bucket.base
+        return out
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Resumed at every third of the layers from its own residual stream, the model must give what it gives in one go."""
+        some = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        some = some[:: max(1, len(some) // CHECKED)][:CHECKED]
+        plain = response_logprob(
+            self.subject, [self.prompts[i] for i in some], [self.responses[i] for i in some], batch_size=CHECKED
+        )
+        n, why = self.subject.geometry.n_layers, None
+        allowed = 1e-3 if next(self.subject.causal_lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+        try:
+            bucket = self._bucket(some)
+            for layer in sorted({0, n // 3, 2 * n // 3, n - 1}):
+                off = float((self._resume(bucket, layer, 1, None) - plain.mean).abs().max())
+                if not off <= allowed:
+                    why = f"resumed behind layer {layer} the mean log p differs by {off:.2g} nats per token"
+                    break
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        if why is not None:
+            warnings.warn(
+                f"{self.subject.causal_lm.config.model_type} is not resumed ({why}); every patch runs the whole model",
+                stacklevel=2,
+            )
+        return why
+
+    def patched(self, patches: Sequence[Patch]) -> Float[Tensor, "patch prompt"]:
+        """Mean log p under each patch alone; all patches in one layer."""
+        if len({site.layer for site, _ in patches}) != 1:
+            raise BkdattrError(f"patches of one layer at a time: got sites {[str(s) for s, _ in patches]}")
+        if self.reason is not None:
+            return torch.stack([self._whole([SetSite(site, value)]) for site, value in patches])
+        out = torch.zeros(len(patches), len(self.prompts))
+        for bucket in self._buckets:
+            start = 0
+            while start < len(patches):
+                n = min(self._fitting(bucket), len(patches) - start)
+                try:
+                    found = self._resume(bucket, patches[0][0].layer, n, patches[start : start + n])
+                except torch.OutOfMemoryError:
+                    if n == 1:
+                        raise
+                    self._share /= 2
+                    continue
+                out[start : start + n, bucket.rows] = found.view(n, -1)
+                start += n
+        return out
+
+    # ------------------------------------------------------------------------------------------------ passes
+    def _whole(self, edits: Sequence[SetSite]) -> Float[Tensor, " prompt"]:
+        self.tokens += sum(len(r) + 1 for r in self.responses)
+        return response_logprob(
+            self.subject, self.prompts, self.responses, edits, batch_size=self.batch_size, prefix=self._prefix
+        ).mean
+
+    @torch.no_grad()
+    def _bucket(self, rows: list[int]) -> _Bucket:
+        subject = self.subject
+        ids, answers = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
+        pad, device = subject.chat.pad_id, subject.device
+        prompts = make_batch(ids, pad_id=pad, device=device)
+        whole = make_batch(ids, [r[:-1] for r in answers], pad_id=pad, side="centre", device=device)
+        longest = max(map(len, answers))
+        targets, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, r in enumerate(answers):
+            targets[i, : len(r)], mask[i, : len(r)] = torch.tensor(r), True
+        key = tuple(map(tuple, ids))
+        past = self._prefix.borrow(subject, prompts, key)
+        self.tokens += prompts.input_ids.numel() - len(rows)
+        layers = range(subject.geometry.n_layers)
+        with residuals(subject) as tail, capture(subject, Where.of(whole), z=layers) as trace:
+            logits = self._forward(whole, past, 1, logits_to_keep=longest)
+        if past is None:  # prompts of one token: the tail is everything
+            tail.out = {layer: x[:, -longest:] for layer, x in tail.out.items()}
+        z = torch.stack([trace.z[layer].flatten(1) for layer in layers])
+        base = _mean_logp(logits, targets, mask)
+        return _Bucket(rows, key, prompts, whole, targets, mask, tail, z, base)
+
+    def _forward(self, batch: Batch, past: Any, times: int, **kwargs: Any) -> Tensor:
+        lent = _lend(past, times)
+        self.tokens += batch.input_ids.shape[0] * (batch.input_ids.shape[1] - (0 if past is None else past.get_seq_length()))
+        return forward(self.subject, batch, lent, use_cache=lent is not None, **kwargs)[0]
+
+    @torch.no_grad()
+    def _resume(self, bucket: _Bucket, layer: int, times: int, patches: Sequence[Patch] | None) -> Float[Tensor, " row"]:
+        """Mean log p with `times` patches in one batch, patch by patch (None: nothing is patched)."""
+        subject, past = self.subject, self._prefix.borrow(self.subject, bucket.prompts, bucket.key)
+        width = bucket.prompts.input_ids.shape[1]
+        below = None if layer == 0 else bucket.tail.out[layer - 1][:, :1].repeat(times, 1, 1)
+        token = _times(bucket.whole, times, width)
+        edits = [] if patches is None else self._edits(bucket, patches)
+        with (
+            only_layers(subject, range(layer, layer + 1), below, bucket.tail.returns),
+            edited(subject, edits, Where.of(token)),
+            residuals(subject) as one,
+        ):
+            self._forward(token, past, times, body=True)
+        behind = torch.cat([one.out[layer][:, -1:], bucket.tail.out[layer][:, 1:].repeat(times, 1, 1)], 1)
+        with only_layers(subject, range(layer + 1, subject.geometry.n_layers), behind, bucket.tail.returns):
+            logits = self._forward(_times(bucket.whole, times), past, times, logits_to_keep=bucket.n_tail)
+        return _mean_logp(logits, bucket.targets.repeat(times, 1), bucket.mask.repeat(times, 1))
+
+    def _edits(self, bucket: _Bucket, patches: Sequence[Patch]) -> list[SetSite]:
+        """One edit that patches another site in every copy of the rows. A head's is written into its row's own z."""
+        n, layer, kind = len(bucket.rows), patches[0][0].layer, patches[0][0].kind
+        if any((site.kind == "head") != (kind == "head") or (kind != "head" and site.kind != kind) for site, _ in patches):
+            raise BkdattrError(f"patches of one kind at a time: got sites {[str(s) for s, _ in patches]}")
+        if kind != "head":
+            return [SetSite(Site(layer, kind), torch.cat([value.expand(n, -1) for _, value in patches]))]
+        value, d = bucket.z[layer].repeat(len(patches), 1), self.subject.geometry.d_head
+        for i, (site, part) in enumerate(patches):
+            assert site.head is not None
+            value[i * n : (i + 1) * n, site.head * d : (site.head + 1) * d] = part
+        return [SetSite(Site(layer, "z"), value)]
+
+    def _fitting(self, bucket: _Bucket) -> int:
+        """How many copies of a bucket's rows go into one pass."""
+        config, g = self.subject.causal_lm.config, self.subject.geometry
+        size = next(self.subject.causal_lm.parameters()).element_size()
+        n_tail, width = bucket.n_tail, bucket.whole.input_ids.shape[1]
+        vocab = int(getattr(config, "vocab_size", 0))
+        logits = n_tail * vocab * (size + 8)
+        keys = 4 * width * g.n_heads * g.d_head * size  # grouped keys are spread over all heads by some kernels
+        inner = n_tail * g.d_model * 24 * size + n_tail * width * g.n_heads * 4
+        row = 1.5 * (logits + keys + inner) * len(bucket.rows)
+        limit = self._share * _free_bytes(self.subject.device) / row
+        if self.subject.device.type == "cpu":
+            limit = min(limit, CPU_TOKENS / (n_tail * len(bucket.rows)))
+        return max(1, int(limit))
+
+
+def _free_bytes(device: torch.device) -> float:
+    """What one pass may take: 60 % of a GPU's free memory; on a CPU at most a gigabyte."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 0.6 * (free + unused)
+    return float(1 << 30)
+
+
+def _mean_logp(
+    logits: Float[Tensor, "row token vocab"], targets: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
+) -> Tensor:
+    """Mean log p per response token, from fp32 log-sum-exp, on the CPU."""
+    x, at = logits.float(), targets.to(logits.device)
+    logp = x.gather(-1, at[..., None])[..., 0] - x.logsumexp(-1)
+    kept = mask.to(logits.device)
+    return ((logp * kept).sum(-1) / kept.sum(-1)).cpu()

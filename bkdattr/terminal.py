@@ -1,0 +1,62 @@
+"""What every command shares: messages, errors in one line, and options that hold several values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bkdattr.errors import BkdattrError
+
+if TYPE_CHECKING:
+    from bkdattr.examples import Sizes
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """One line and exit code 2 for bad input, no traceback."""
+    try:
+        yield
+    except BkdattrError as error:
+        say("error: " + " ".join(str(error).split()))
+        raise typer.Exit(2) from None
+    except OSError as error:
+        say(f"error: {error.strerror or error}: {error.filename or ''}; check the path and its permissions")
+        raise typer.Exit(2) from None
+
+
+def quiet_libraries() -> None:
+    """Our own bars and messages only."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def parse_sizes(text: str | None) -> Sizes | None:
+    from bkdattr.examples import Sizes
+
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) != 4 or not all(p.isdigit() for p in parts):
+        raise BkdattrError(f"--sizes {text!r}: expected TRAIN/ATTRIBUTION/SELECTION/TEST, e.g. 600/100/100/200")
+    return Sizes(*map(int, parts))
+
+
+def numbers(option: str, text: str, example: str, *, whole: bool = False) -> list[Any]:
+    try:
+        return [int(x) if whole else float(x) for x in text.split(",")]
+    except ValueError:
+        raise BkdattrError(f"{option} {text!r}: expected {'whole ' if whole else ''}numbers, e.g. {example}") from None
