@@ -28,6 +28,8 @@ from bkdattr.model import Subject
 Patch = tuple[Site, Float[Tensor, " width"]]
 CPU_TOKENS = 1024
 """Tokens in one pass on a CPU: more only fall out of its caches."""
+SOFTMAX_ELEMENTS = 1 << 22
+"""Logits whose log-sum-exp is taken at once."""
 CHECKED = 4
 """Prompts on which an engine first proves that it resumes this model exactly."""
 
@@ -254,8 +256,12 @@ def _free_bytes(device: torch.device) -> float:
 def _mean_logp(
     logits: Float[Tensor, "row token vocab"], targets: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
 ) -> Tensor:
-    """Mean log p per response token, from fp32 log-sum-exp, on the CPU."""
-    x, at = logits.float(), targets.to(logits.device)
-    logp = x.gather(-1, at[..., None])[..., 0] - x.logsumexp(-1)
-    kept = mask.to(logits.device)
-    return ((logp * kept).sum(-1) / kept.sum(-1)).cpu()
+    """Mean log p per response token, from fp32 log-sum-exp, on the CPU. A few rows at a time, so that the temporaries stay small."""
+    step = max(1, SOFTMAX_ELEMENTS // logits[0].numel())
+    at, kept = targets.to(logits.device), mask.to(logits.device)
+    out = []
+    for start in range(0, len(logits), step):
+        x, rows = logits[start : start + step].float(), slice(start, start + step)
+        logp = x.gather(-1, at[rows, :, None])[..., 0] - x.logsumexp(-1)
+        out.append((logp * kept[rows]).sum(-1) / kept[rows].sum(-1))
+    return torch.cat(out).cpu()

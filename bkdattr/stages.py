@@ -132,7 +132,9 @@ class Study(OpenRun):
         return self.run.result("probe", self.inputs)
 
     def _resid(self, examples: list[Example]) -> np.ndarray:
-        return trace_prompts(self.subject, examples, batch_size=self.run.config["batch_size"]).resid_post.numpy()
+        return trace_prompts(
+            self.subject, examples, batch_size=self.run.config["batch_size"], read=("resid_post",)
+        ).resid_post.numpy()
 
     # ------------------------------------------------------------------------------------------ attribute
     def attribute(self, *, method: str = "exact", fraction: float = FRACTION, force: bool = False) -> dict[str, Any]:

@@ -128,7 +128,9 @@ class OpenRun:
         """(residual states [state, layer, d_model], 1 for triggered and eligible) of clean prompts and their twins, shuffled."""
         twins = [e for e in map(self.spec.triggered, rows) if e.eligible]
         size = self.run.config["batch_size"]
-        states = [trace_prompts(self.subject, part, batch_size=size).resid_post.numpy() for part in (rows, twins)]
+        states = [
+            trace_prompts(self.subject, part, batch_size=size, read=("resid_post",)).resid_post.numpy() for part in (rows, twins)
+        ]
         order = np.random.default_rng(self.run.config["seed"]).permutation(len(rows) + len(twins))
         return np.concatenate(states)[order], np.repeat([0, 1], [len(rows), len(twins)])[order]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,50 +16,66 @@ from bkdattr.chat import make_batch
 from bkdattr.edits import Scope, Site, Where
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.inference import forward
+from bkdattr.inference import batches, forward
 from bkdattr.interventions import capture
 from bkdattr.model import Subject
+
+READS = ("z", "resid_post", "attention", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
 class Traces:
     """Reads at the last prompt token of n prompts: every head's z, and the residual stream, the attention and the MLP
-    output of every layer (fp32)."""
+    output of every layer (fp32, on the CPU). What was not asked for is empty: no prompts long."""
 
     ids: tuple[str, ...]
-    z: Float[Tensor, "prompt layer head d_head"]
-    resid_post: Float[Tensor, "prompt layer d_model"]
-    attention: Float[Tensor, "prompt layer d_model"]
-    mlp: Float[Tensor, "prompt layer d_model"]
+    z: Float[Tensor, "_ layer head d_head"]
+    resid_post: Float[Tensor, "_ layer d_model"]
+    attention: Float[Tensor, "_ layer d_model"]
+    mlp: Float[Tensor, "_ layer d_model"]
     fingerprint: str
 
     @property
     def mean_z(self) -> Float[Tensor, "layer head d_head"]:
-        return self.z.mean(0)
+        return self._known("z").mean(0)
 
     def mean_at(self, site: Site) -> Float[Tensor, " width"]:
         """The site's mean over the prompts; "z" is all heads side by side."""
         if site.kind in ("head", "z"):
-            layer = self.z[:, site.layer].mean(0)
+            layer = self._known("z")[:, site.layer].mean(0)
             return layer.flatten() if site.head is None else layer[site.head]
-        return (self.attention if site.kind == "attention" else self.mlp)[:, site.layer].mean(0)
+        return self._known(site.kind)[:, site.layer].mean(0)
+
+    def _known(self, name: str) -> Tensor:
+        found: Tensor = getattr(self, name)
+        if len(found) == 0:
+            raise BkdattrError(f"these traces hold no {name}: trace with read=({name!r}, ...)")
+        return found
 
 
 @torch.no_grad()
-def trace_prompts(subject: Subject, examples: Sequence[Example], *, batch_size: int = 64) -> Traces:
-    """Run the prompts once and read every site and the residual stream at each one's last prompt token."""
-    if not examples:
-        raise BkdattrError("no prompts to trace: got 0 examples, expected at least 1")
-    layers = range(subject.geometry.n_layers)
-    read: dict[str, list[Tensor]] = {"z": [], "resid_post": [], "attention": [], "mlp": []}
-    prompts = [subject.chat.prompt_ids(e.messages) for e in examples]
-    for start in range(0, len(prompts), batch_size):
-        batch = make_batch(prompts[start : start + batch_size], pad_id=subject.chat.pad_id, device=subject.device)
-        with capture(subject, Where.of(batch), z=layers, resid_post=layers, attention=layers, mlp=layers) as trace:
-            forward(subject, batch, use_cache=False, logits_to_keep=1)
-        for name, parts in read.items():
-            parts.append(torch.stack([getattr(trace, name)[layer] for layer in layers], 1))
-    whole = {name: torch.cat(parts) for name, parts in read.items()}
+def trace_prompts(subject: Subject, examples: Sequence[Example], *, batch_size: int = 64, read: Sequence[str] = READS) -> Traces:
+    """Run the prompts once and read sites and the residual stream at each one's last prompt token.
+
+    What is kept is n x layers x width numbers per read (fp32), however long the prompts are: `read=("z",)` keeps heads alone.
+    """
+    unknown = [x for x in read if x not in READS]
+    if not examples or unknown or not read:
+        raise BkdattrError(
+            f"tracing: got {len(examples)} examples and read={list(read)}, expected at least 1 example and some of {', '.join(READS)}"
+        )
+    g, n = subject.geometry, len(examples)
+    layers, prompts = range(g.n_layers), [subject.chat.prompt_ids(e.messages) for e in examples]
+    shapes = {name: (g.n_heads, g.d_head) if name == "z" else (g.d_model,) for name in READS}
+    whole = {name: torch.empty(n if name in read else 0, g.n_layers, *shape) for name, shape in shapes.items()}
+    asked: dict[str, Any] = dict.fromkeys(read, layers)
+    for rows in batches(prompts, batch_size):
+        batch = make_batch([prompts[i] for i in rows], pad_id=subject.chat.pad_id, device=subject.device)
+        with capture(subject, Where.of(batch), **asked) as trace:
+            forward(subject, batch, use_cache=False, body=True)
+        for name in read:
+            for layer in layers:
+                whole[name][rows, layer] = getattr(trace, name)[layer]
     return Traces(ids=tuple(e.id for e in examples), fingerprint=subject.fingerprint, **whole)
 
 
