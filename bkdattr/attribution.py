@@ -107,6 +107,9 @@ class Recipients:
             subject.chat.check_length(p, len(r), f"recipient {e.id!r}")
         return cls(prompts, responses)
 
+    def part(self, rows: Sequence[int]) -> Recipients:
+        return Recipients([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
+
 
 def sites_of(geometry: HeadGeometry, kind: str) -> list[Site]:
     """All heads, attention blocks or MLP blocks, layer by layer."""

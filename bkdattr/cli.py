@@ -74,7 +74,7 @@ def poison(
     batch_size: Annotated[int | None, typer.Option(help="Prompts per batch in analysis.")] = None,
     pad_token: Annotated[str | None, typer.Option(help="For a tokenizer without one: 'eos' or a token.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: spread over all.")] = "cpu",
     force: Force = False,
 ) -> None:
     """Plant a backdoor: split the rows, poison the training split, train a LoRA adapter (or adopt one)."""

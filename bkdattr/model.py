@@ -69,7 +69,8 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.causal_lm.get_input_embeddings().weight.device
+        """Where token ids go."""
+        return device_of(self.causal_lm.get_input_embeddings())
 
     @property
     def has_adapter(self) -> bool:
@@ -133,12 +134,23 @@ class Subject:
         digest.update(json.dumps([config, scaling], sort_keys=True, default=str).encode())
         digest.update(str(self.chat.tokenizer.chat_template if self.chat.template == "chat" else "plain").encode())
         for name, tensor in sorted(self.causal_lm.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
+            flat = self._loaded(name, tensor).detach().reshape(-1)
             if "lora_" not in name and flat.numel() > 256:  # a fixed sample of the base, every byte of the adapter
                 flat = flat[:: flat.numel() // 256 + 1]
             digest.update(f"{name.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the state dict; of a part that was offloaded (`device="auto"`) it holds no numbers until it is fetched."""
+        if tensor.device.type != "meta":
+            return tensor
+        from accelerate.utils import align_module_device
+
+        path, _, leaf = name.rpartition(".")
+        module = self.causal_lm.get_submodule(path)
+        with align_module_device(module):
+            return getattr(module, leaf).detach().clone()
 
     @property
     def fingerprint(self) -> str:
@@ -169,6 +181,13 @@ class Subject:
             )
 
 
+def device_of(module: Any) -> torch.device:
+    """Where a module runs: also where its weights are elsewhere until it is called."""
+    base = getattr(module, "base_layer", module)
+    device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return torch.device(device) if device is not None else next(base.parameters()).device
+
+
 def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -193,7 +212,8 @@ def load_tokenizer(base: str | Path, pad_token: str | None = None) -> Any:
 
 
 def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """A causal LM from a folder or Hub id: safetensors only, no remote code."""
+    """A causal LM from a folder or Hub id: safetensors only, no remote code. `device` "auto" spreads it over what the machine has
+    (accelerate's device map)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -201,12 +221,14 @@ def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, device: s
     except (OSError, ValueError) as error:
         raise BkdattrError(_cannot_load(base, "model", error)) from None
     row = architecture_of(config)
-    extra = {"attn_implementation": "eager"} if row.eager else {}
+    extra: dict[str, Any] = {"attn_implementation": "eager"} if row.eager else {}
+    if device == "auto":
+        extra["device_map"] = "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra)
     except Exception as error:  # OSError, SafetensorError, RuntimeError of a wrong shape ...
         raise BkdattrError(_cannot_load(base, "model", error)) from None
-    return _placed(model, device)
+    return model.eval() if device == "auto" else _placed(model, device)
 
 
 def _placed(model: Any, device: str) -> Any:
@@ -214,7 +236,7 @@ def _placed(model: Any, device: str) -> Any:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise BkdattrError(
-            f"device {device!r}: the model cannot be placed there ({str(error).splitlines()[0][:120]}); use 'cpu' or a device that torch sees"
+            f"device {device!r}: the model cannot be placed there ({str(error).splitlines()[0][:120]}); use 'cpu', 'auto' or a device that torch sees"
         ) from None
 
 

@@ -129,8 +129,8 @@ class Run:
         write_atomic(self.folder / RESULTS[stage], to_json_text(result))
         (self.folder / "partial" / f"{stage}.jsonl").unlink(missing_ok=True)
 
-    def ledger(self, stage: str, key: dict[str, Any]) -> Ledger:
-        return Ledger(self.folder / "partial" / f"{stage}.jsonl", hash_of(key))
+    def ledger(self, stage: str, key: dict[str, Any], *, read_only: bool = False) -> Ledger:
+        return Ledger(self.folder / "partial" / f"{stage}.jsonl", hash_of(key), read_only)
 
 
 def _read_rows(path: Path) -> list[Example]:
@@ -148,11 +148,12 @@ def read_json(path: Path) -> Any:
 class Ledger:
     """Finished pieces of a stage, one JSON line each, flushed to disk as they come; a torn last line is dropped.
 
-    A ledger of other inputs (another key in its first line) is started afresh.
+    A ledger of other inputs (another key in its first line) is started afresh. `read_only` keeps rows in memory alone: another
+    process writes them.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.rows = path, dict[str, Any]()
+    def __init__(self, path: Path, key: str, read_only: bool = False) -> None:
+        self.path, self.rows, self.read_only = path, dict[str, Any](), read_only
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         whole = lines[:-1]  # what follows the last newline was being written when the run died
         if whole and whole[0] == json.dumps({"key": key}).encode():
@@ -161,7 +162,8 @@ class Ledger:
                 self.rows[row["name"]] = row["value"]
         else:
             whole = [json.dumps({"key": key}).encode()]
-        write_atomic(path, b"\n".join(whole) + b"\n")
+        if not read_only:
+            write_atomic(path, b"\n".join(whole) + b"\n")
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
@@ -170,9 +172,10 @@ class Ledger:
         return self.rows[name]
 
     def put(self, name: str, value: Any) -> Any:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "value": value}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if not self.read_only:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, "value": value}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self.rows[name] = value
         return value

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bkdattr import joint, restoration, steering
+from bkdattr import joint, restoration, shards, steering
 from bkdattr.ablation import CURVE, MODES, ablate, curve_ks, random_heads
 from bkdattr.architectures import HeadIndex
 from bkdattr.attribution import (
@@ -138,7 +138,7 @@ class Study(OpenRun):
 
     # ------------------------------------------------------------------------------------------ attribute
     def attribute(self, *, method: str = "exact", fraction: float = FRACTION, force: bool = False) -> dict[str, Any]:
-        """BAHA on the attribution split, sufficiency and necessity of heads, attention blocks and MLP blocks; finished layers
+        """BAHA on the attribution split, its prompts shared out where several processes were launched: sufficiency and necessity of heads, attention blocks and MLP blocks; finished layers
         are kept, an interrupted run goes on from them. `method` is that of `baha`; "hybrid" screens heads alone."""
         check_method(method, fraction)
         options: dict[str, Any] = {} if method == "exact" else {"method": method, "fraction": fraction}
@@ -146,11 +146,12 @@ class Study(OpenRun):
             if result is not None:
                 clean, triggered = self.eligible("attribution")
                 given = {"sufficiency": (self.donors, clean), "necessity": (self.clean_donors, triggered)}
-                ledger = self.run.ledger("attribute", {**self.inputs, **options})
+                ledger = self.run.ledger("attribute", {**self.inputs, **options}, read_only=shards.rank() > 0)
+                shards.wait()  # all have read what was finished before any of it grows
                 total = len(EFFECTS) * sum(len(sites_of(self.subject.geometry, kind)) for kind in SITES)
                 if len(ledger.rows):
                     self.say(f"attribute: {len(ledger.rows)} of {total} sites were finished before")
-                with tqdm(desc="attribute", total=total, initial=len(ledger.rows)) as bar:
+                with tqdm(desc="attribute", total=total, initial=len(ledger.rows), disable=shards.rank() > 0) as bar:
                     found = [
                         self._attributed(kind, effect, *given[effect], method, fraction, ledger, bar)
                         for kind in SITES
@@ -164,10 +165,13 @@ class Study(OpenRun):
     ) -> dict[str, Any]:
         subject, size = self.subject, self.run.config["batch_size"]
         method = "exact" if method == "hybrid" and kind != "head" else method
-        recipients, sites = Recipients.of(subject, taken), sites_of(subject.geometry, kind)
+        sites, n, mine = sites_of(subject.geometry, kind), len(taken), shards.mine(len(taken))
+        recipients = Recipients.of(subject, taken).part(mine)
         guess, best, sample, patched = dict[Site, torch.Tensor](), list[Site](), list[Site](), sites
         if method != "exact":
             guess = estimate_effects(subject, recipients, donors, kind, effect=effect, batch_size=size)
+            whole = shards.gathered(torch.stack(list(guess.values())), n)
+            guess = dict(zip(guess, whole, strict=True))
             best, sample = screen(guess, fraction, self.run.config["seed"]) if method == "hybrid" else ([], [])
             patched = [*best, *sample]
         left = {x.layer for x in patched if f"{effect} {x}" not in ledger}  # whole layers, so that batches are always the same
@@ -175,7 +179,7 @@ class Study(OpenRun):
         if todo:
             for x, cie in site_effects(subject, recipients, donors, todo, effect=effect, batch_size=size):
                 bar.update(f"{effect} {x}" not in ledger)
-                ledger.put(f"{effect} {x}", cie.tolist())
+                ledger.put(f"{effect} {x}", shards.gathered(cie, n).tolist())
         exact = {x: torch.tensor(ledger[f"{effect} {x}"]) for x in patched}
         bar.update(len(sites) - len(patched))
         summary = summarise_effects(

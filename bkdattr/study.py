@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bkdattr import shards
 from bkdattr.attribution import Attribution
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluator
@@ -47,7 +48,7 @@ class OpenRun:
             )
         return load_subject(
             model_path(config["model"]), self.run.adapter, dtype=getattr(torch, config.get("dtype", "float32")),
-            device=config.get("device", "cpu"), pad_token=config.get("pad_token"),
+            device=shards.device(config.get("device", "cpu")), pad_token=config.get("pad_token"),
         )  # fmt: skip
 
     @cached_property
@@ -143,10 +144,14 @@ class OpenRun:
                 self.say(f"{name}: up to date (--force runs it again)")
                 yield None
                 return
+        if name != "attribute":
+            shards.alone(name)
         start, result = time.time(), dict[str, Any]()
         yield result
         head = {"inputs": self.inputs, "options": options, "seconds": round(time.time() - start, 2)}
-        self.run.save_result(name, head | result)
+        if shards.rank() == 0:
+            self.run.save_result(name, head | result)
+        shards.wait()
 
     @property
     def attribution(self) -> Attribution:

@@ -18,7 +18,7 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.inference import batches, forward
 from bkdattr.interventions import capture
-from bkdattr.model import Subject
+from bkdattr.model import Subject, device_of
 
 READS = ("z", "resid_post", "attention", "mlp")
 
@@ -123,11 +123,11 @@ def contributions(subject: Subject, layer: int, z: Float[Tensor, "*batch head d_
     subject.check_eval()
     subject.geometry.check_layer(layer)
     module = subject.sites[layer].out_proj
-    weight = next(module.parameters())
+    weight, device = next(module.parameters()), device_of(module)
     n_heads, d_head = subject.geometry.n_heads, subject.geometry.d_head
-    blocks = torch.zeros(*z.shape[:-2], n_heads, n_heads, d_head, dtype=weight.dtype, device=weight.device)
+    blocks = torch.zeros(*z.shape[:-2], n_heads, n_heads, d_head, dtype=weight.dtype, device=device)
     for head in range(n_heads):
-        blocks[..., head, head, :] = z[..., head, :].to(weight.device, weight.dtype)
+        blocks[..., head, head, :] = z[..., head, :].to(device, weight.dtype)
     flat = blocks.reshape(1, -1, n_heads * d_head)  # projections see [batch, pos, width]
     bias = module(torch.zeros_like(flat[:, :1]))
     return (module(flat) - bias).reshape(*z.shape[:-1], -1).float()
