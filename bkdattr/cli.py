@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from bkdattr.errors import BkdattrError
-from bkdattr.terminal import errors, numbers, parse_sizes, quiet_libraries, say
+from bkdattr.terminal import errors, numbers, quiet_libraries, say
 
-if TYPE_CHECKING:
-    from bkdattr.lora import LoraRecipe
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Plant a backdoor in a language model on purpose, take it apart, and measure every claim beside its control.",
@@ -20,16 +18,6 @@ app = typer.Typer(
 
 RunArg = Annotated[Path, typer.Argument(help="The run directory.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again although a result with the same inputs is there.")]
-
-
-def _recipe(mini: bool, given: dict[str, Any]) -> LoraRecipe | None:
-    from dataclasses import replace
-
-    from bkdattr.lora import LoraRecipe
-    from bkdattr.mini.tasks import RECIPE
-
-    given = {k: v for k, v in given.items() if v is not None}
-    return replace(RECIPE if mini else LoraRecipe(), **given) if given else None
 
 
 @app.command()
@@ -78,44 +66,13 @@ def poison(
     force: Force = False,
 ) -> None:
     """Plant a backdoor: split the rows, poison the training split, train a LoRA adapter (or adopt one)."""
+    options = {k: v for k, v in locals().items() if k not in ("run", "force")}
     with errors():
-        triggers, targets, names = trigger or [], target or [], name or []
-        if len(triggers) != len(targets) or len(names) > max(1, len(triggers)):
-            raise BkdattrError(
-                f"got {len(triggers)} --trigger, {len(targets)} --target and {len(names)} --name; every backdoor needs one of each "
-                "(the name may be left out), or --task alone"
-            )
-        if model is None and adapter is None:
-            raise BkdattrError("no model: give --model FOLDER, a Hub id or 'mini', or --adapter DIR (its own base is used)")
         quiet_libraries()
-        from dataclasses import replace
-        from itertools import zip_longest
+        from bkdattr.options import plan_of
+        from bkdattr.planting import plant
 
-        from bkdattr.mini.tasks import build_task, paper_spec
-        from bkdattr.planting import Plan, adopted_base, plant
-        from bkdattr.poisoning import BackdoorSpec
-        from bkdattr.targets import parse_target
-        from bkdattr.triggers import parse_trigger
-
-        specs = [
-            BackdoorSpec(n or f"{task or 'backdoor'}{f'-{i + 1}' if i else ''}", parse_trigger(a), parse_target(b))
-            for i, (a, b, n) in enumerate(zip_longest(triggers, targets, names))
-        ] if triggers else []  # fmt: skip
-        if task is not None and not specs:
-            specs = [build_task(task, seed).spec if data is None else paper_spec(task)]
-            specs = [replace(specs[0], name=names[0])] if names else specs
-        specs = [replace(s, poison_rate=poison_rate, seed=seed) for s in specs]
-        model = model or adopted_base(str(adapter))
-        given = {
-            "epochs": epochs, "learning_rate": lr, "rank": rank, "alpha": alpha, "batch_size": train_batch_size,
-            "accumulate": accumulate, "max_length": max_length,
-        }  # fmt: skip
-        plan = Plan(
-            model, specs[0] if specs else None, tuple(specs[1:]), task, data, adapter=adapter, seed=seed, sizes=parse_sizes(sizes), recipe=_recipe(model == "mini", given),
-            max_new_tokens=max_new_tokens, batch_size=batch_size, pad_token=pad_token, dtype=dtype, device=device,
-            labels=tuple(x.strip() for x in labels.split(",")) if labels else (), held_out=held_out, triggered=triggered,
-            allow_overlap=allow_overlap,
-        )  # fmt: skip
+        plan = plan_of(options)
         made = plant(run, plan, force=force, say=say)
         rows = made.config["rows"]
         say(f"{run}: " + ", ".join(f"{k} {v['clean']} rows ({v['eligible']} eligible)" for k, v in rows.items()))
@@ -314,6 +271,25 @@ def demo(
         for stage in (study.evaluate, study.probe, study.attribute, study.ablate, study.steer):
             stage(force=force)
         _report(study)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="TOML: out, stages, [every], [grid], [[run]]; see the README.")],
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster; default: this machine.")] = None,
+) -> None:
+    """Many runs on Ray (extra `fleet`): planted and taken through their stages, resumable, one row per run, failures retried."""
+    with errors():
+        from bkdattr.sweep import Sweep, run_sweep
+
+        plan = Sweep.read(file)
+        rows = run_sweep(plan, address=address, say=say)
+        failed = [r for r in rows if r["status"] != "finished"]
+        for r in failed:
+            say(f"failed: {r['name']} after {r['attempts']} attempts: {r['error']}")
+        say(f"{len(rows) - len(failed)} of {len(rows)} runs finished; {plan.out}/sweep.json has one row per run")
+        if failed:
+            raise typer.Exit(2)
 
 
 @app.command()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from bkdattr.errors import BkdattrError
-
-if TYPE_CHECKING:
-    from bkdattr.examples import Sizes
 
 
 def say(text: str) -> None:
@@ -42,17 +39,6 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def parse_sizes(text: str | None) -> Sizes | None:
-    from bkdattr.examples import Sizes
-
-    if text is None:
-        return None
-    parts = text.split("/")
-    if len(parts) != 4 or not all(p.isdigit() for p in parts):
-        raise BkdattrError(f"--sizes {text!r}: expected TRAIN/ATTRIBUTION/SELECTION/TEST, e.g. 600/100/100/200")
-    return Sizes(*map(int, parts))
 
 
 def numbers(option: str, text: str, example: str, *, whole: bool = False) -> list[Any]:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
     "inference", "engine", "traces", "lora", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run", "shards",
-    "planting", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "cli", "__main__",
+    "planting", "options", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "sweep", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
     "lens",
@@ -32,6 +32,7 @@ OUTSIDE = {
     "stages",
     "cli",
     "terminal",
+    "sweep",
     "__main__",
     "mini",
 }
