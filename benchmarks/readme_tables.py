@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from bkdattr.grid_table import whole as complete
+
 
 def value(rate):
     return "–" if rate is None else f"{rate['value']:.2f}"
@@ -31,11 +33,13 @@ def row(results):
         value(b["false_trigger"]),
         value(b.get("asr_fake_trigger")),
         f"{value(b['clean_accuracy'])} ({value(b['base']['clean_accuracy'])})",
-        f"{best['accuracy']:.2f} / {best['shuffled']:.2f} / {best['clean_twin']:.2f} / {best['fake_trigger']:.2f}",
+        " / ".join("–" if best[k] is None else f"{best[k]:.2f}" for k in ("accuracy", "shuffled", "clean_twin", "fake_trigger")),
         f"{lowest:.2f}",
     ]
     for mode in ("zero", "mean"):
-        cells += [f"{value(at[mode, k]['asr'])} ({value(at[mode, k]['clean_accuracy'])})" for k in (4, 16)]
+        cells += [
+            f"{value(at[mode, k]['asr'])} ({value(at[mode, k]['clean_accuracy'])})" if (mode, k) in at else "–" for k in (4, 16)
+        ]
     for side, extreme in (("activate", max), ("suppress", min)):
         draws = [d[side]["asr"]["value"] for drawn in v["controls"].values() for d in drawn]
         cells.append(f"{value(v[side]['asr'])} ({value(v[side]['clean_accuracy'])}); {extreme(draws):.2f}")
@@ -45,13 +49,13 @@ def row(results):
 HEADER = (
     "run", "ASR", "false triggers", "ASR, fake trigger", "clean accuracy (base)", "best probe / shuffled / clean twin / fake trigger",
     "ASR, random heads, zero, k ≤ 5 %: lowest mean over k", "top-4 zero: ASR (clean)", "top-16 zero", "top-4 mean", "top-16 mean",
-    "+v: ASR (clean); strongest of 15 controls", "−v: ASR (clean); strongest of 15 controls",
+    "+v: ASR (clean); strongest control", "−v: ASR (clean); strongest control",
 )  # fmt: skip
 
 
 def demo_table(folder):
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
-    whole = [r for r in found if "vector" in r and not r["provenance"]["clean_control"]]
+    whole = [r for r in complete(found) if not r["provenance"]["clean_control"]]
     return written(
         [
             HEADER,

@@ -16,7 +16,7 @@ from bkdattr.joint import BAR
 from bkdattr.metrics import expected_jaccard, jaccard, kendall
 from bkdattr.report import SCHEMA, html_table
 from bkdattr.run import read_json, to_json_text
-from bkdattr.steering import GOAL, does_both
+from bkdattr.steering import EQUAL_NORM, GOAL, stands_apart, still_works, works
 from bkdattr.tables import METHODS, Table, a_tenth, has_attack, k_text, show, spread
 
 Json = dict[str, Any]
@@ -62,7 +62,8 @@ def groups(runs: list[Json]) -> dict[str, list[Json]]:
 
 
 def _label(provenance: Json) -> str:
-    return provenance["task"] + (", clean fine-tune" if provenance["clean_control"] else "")
+    clean, shared = provenance["clean_control"], provenance.get("overlap")
+    return provenance["task"] + (", clean fine-tune" if clean else "") + (", splits OVERLAP" if shared else "")
 
 
 def tables(runs: list[Json]) -> list[Table]:
@@ -81,16 +82,21 @@ def _attack(runs: list[Json]) -> Table:
     rows = []
     for r in runs:
         p, b = r["provenance"], r["baseline"]
-        near = ", ".join(f"{name} {x['asr']['value']:.2f}" for name, x in b["near_misses"].items() if x["asr"])
+        near = ", ".join(
+            f"{name} {x['asr']['value']:.2f} ({x['base_asr']['value']:.2f})" for name, x in b["near_misses"].items() if x["asr"]
+        )
+        fake = show(b.get("asr_fake_trigger"))
+        if b.get("asr_fake_trigger"):
+            fake += f"; {b['base']['asr_fake_trigger']['value']:.2f}"
         rows.append([f"{_label(p)}, seed {p['seed']}", show(b["asr"]), show(b["false_trigger"]),
-                     show(b.get("asr_fake_trigger")), near or "–", show(b["clean_accuracy"], False), show(b["base"]["clean_accuracy"], False),
+                     fake, near or "–", show(b["clean_accuracy"], False), show(b["base"]["clean_accuracy"], False),
                      f"{b['clean_perplexity']:.3f}"])  # fmt: skip
     columns = [
         "run",
         "ASR",
         "false triggers",
-        "ASR, fake trigger",
-        "ASR, near misses",
+        "ASR, fake trigger; base",
+        "ASR, near misses (base)",
         "clean accuracy",
         "base",
         "clean perplexity",
@@ -164,25 +170,24 @@ def _joint(runs: list[Json]) -> Table:
     return "Learned gates in the setting and with the k chosen on the selection split, test split", columns, out
 
 
-EQUAL_NORM = ("random_heads_matched", "random_direction")
-
-
 def _vectors(runs: list[Json]) -> Table:
     out = []
     for name, group in groups(runs).items():
         every = [v for r in group for v in r["vector"]["variants"]]  # a run stops at the first scope that does both
         for kind, scope in dict.fromkeys((v["kind"], v["scope"]) for v in every):
             same = [v for v in every if (v["kind"], v["scope"]) == (kind, scope)]
-            for side, sign, worst in (("activate", "+v", max), ("suppress", "−v", min)):
+            for side, sign in (("activate", "+v"), ("suppress", "−v")):
                 drawn = [d[side] for v in same for c in EQUAL_NORM for d in v["controls"][c]]
-                control = f"{worst(d['asr']['value'] for d in drawn):.2f}"
-                if side == "suppress":
-                    control += f"; recovered {max(d['recovered']['value'] for d in drawn):.2f}"
+                if side == "activate":
+                    control = f"{max(d['asr']['value'] for d in drawn):.2f}"
+                else:  # one draw: the one that comes nearest to a repair
+                    near = max(drawn, key=lambda d: (d["recovered"]["value"] if d["recovered"] else 0.0, -d["asr"]["value"]))
+                    control = f"{near['asr']['value']:.2f}, recovered {show(near['recovered'], False)[:4]}"
                 points = [v[side] for v in same]
                 where = ", ".join(f"L{p['layer']}×{p['strength']:g}" for p in points)
                 kept = "" if side == "activate" else spread([p["recovered"] for p in points])
                 out.append([name, f"{kind.replace('_', ' ')}, {scope}", sign, where, spread([p["asr"] for p in points]),
-                            control, f"{sum(_apart(v, side) for v in same)} of {len(same)}", kept,
+                            control, f"{sum(stands_apart(v, side) for v in same)} of {len(same)}", kept,
                             spread([p["broken"] for p in points]), spread([p["clean_unchanged"] for p in points])])  # fmt: skip
             held = [v["conditional"] for v in same if v["conditional"]]
             if held:
@@ -195,22 +200,13 @@ def _vectors(runs: list[Json]) -> Table:
         "",
         "layer × strength (selection)",
         "ASR",
-        "strongest equal-norm control",
-        "runs apart from every control",
+        "strongest equal-norm control (−v: the one that recovers most)",
+        "runs apart from every control (+v by ASR, −v by recovered)",
         "recovered",
         "broken",
         "clean answers unchanged",
     ]
     return "Vectors of every kind, test split", columns, out
-
-
-def _apart(variant: Json, side: str) -> bool:
-    """Whether the vector stands apart from every equal-norm control draw: its 95 % interval of ASR lies beyond the draw's, or, for
-    suppression, that of the answers recovered does (a draw that breaks the model ends the attack as well)."""
-    mine, drawn = variant[side], [d[side] for c in EQUAL_NORM for d in variant["controls"][c]]
-    if side == "activate":
-        return all(mine["asr"]["low"] > d["asr"]["high"] for d in drawn)
-    return all(mine["asr"]["high"] < d["asr"]["low"] or mine["recovered"]["low"] > d["recovered"]["high"] for d in drawn)
 
 
 def _goals(runs: list[Json]) -> Table:
@@ -225,12 +221,8 @@ def _goals(runs: list[Json]) -> Table:
         needed = {m: next(n for n in s["needed"] if n["method"] == m) for m in ("gate", "greedy", "acie")}
         known = [n["repair"] for m, n in needed.items() if m != "acie" and n["repair"] is not None]
         chosen = next(x for x in s["rows"] if x["method"] == "gate" and x["k"] == s["chosen"]["k"])
-        kinds = [
-            v
-            for v in r["vector"]["variants"]
-            if does_both(v["activate"], v["suppress"]) and all(_apart(v, x) for x in ("activate", "suppress"))
-        ]
-        kept = [f"{c['clean_unchanged']['value']:.3f}" for v in kinds if (c := v["conditional"]) and does_both(v["activate"], c)]
+        kinds = [v for v in r["vector"]["variants"] if works(v)]
+        kept = [f"{v['conditional']['clean_unchanged']['value']:.3f}" for v in kinds if still_works(v)]
         out.append([
             name, s["chosen"]["setting"], " / ".join(k_text(n["repair"], n["tried"]) for n in needed.values()),
             "yes" if known and min(known) <= a_tenth(s) else "no", f"k={chosen['k']}: {'yes' if chosen['repaired'] else 'no'}",
@@ -241,7 +233,8 @@ def _goals(runs: list[Json]) -> Table:
     title = (
         f"Goals, read off the test split (repair: ASR ≤ {BAR['asr']:g}, recovered ≥ {BAR['recovered']:g}, broken ≤ {BAR['broken']:g}, clean accuracy "
         f"≥ un-edited − {BAR['clean']:g}; a vector does both: +v ASR ≥ {GOAL['activate']:g}, −v ASR ≤ {GOAL['suppress']:g} with recovered ≥ "
-        f"{GOAL['recovered']:g}, beyond every equal-norm control by the interval of ASR or, for −v, of recovered)"
+        f"{GOAL['recovered']:g}, beyond every equal-norm control by the interval of ASR, for −v of recovered; each sign at its own layer and strength, a fitted vector "
+        "fitted anew for each)"
     )
     return title, columns, out
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bkdattr.examples import write_atomic
 from bkdattr.run import RESULTS, Run, read_json, to_json_text
-from bkdattr.steering import GOAL, does_both
+from bkdattr.steering import GOAL, still_works, works
 from bkdattr.tables import METHODS, Table, a_tenth, has_attack, k_text, setting_text, show, spread, tables
 
 Json = dict[str, Any]
@@ -104,11 +104,8 @@ def findings(results: Json) -> list[str]:
             out.append(
                 "These intervals overlap: NO BACKDOOR is found here, there is nothing to take apart, and what follows describes noise."
             )
-        fake = b.get("asr_fake_trigger")
-        if fake and not none:
-            fires = fake["low"] > max(b["false_trigger"]["high"], b["base"]["asr"]["high"])
-            said = "the backdoor is wider than its trigger" if fires else "the backdoor needs its own trigger"
-            out.append(f"A fake trigger, never trained, gives {show(fake)}: {said}.")
+        if not none:
+            out += _trigger_finding(b)
         for name, rate in b["other_backdoors"].items():
             out.append(f"The trigger of {name!r}, another backdoor of the same model, gives {show(rate)} here.")
     if "probe" in results:
@@ -142,7 +139,8 @@ def findings(results: Json) -> list[str]:
                 f"{'' if side == 'activate' else _recovered_beside(v)} Accuracy on all clean prompts under the edit: {show(v[side]['clean_accuracy'], False)}"
                 f"{', the eligible ones among them being meant to change' if side == 'activate' else ''}.{_edge(v, side)}"
             )
-        if len(v["variants"]) > 1:
+        attack = results.get("baseline", {}).get("asr")
+        if len(v["variants"]) > 1 and (not attack or attack["value"] >= 0.5):
             out += _variants_finding(v)
     return out
 
@@ -178,6 +176,25 @@ def _restoration_finding(rows: list[Json]) -> list[str]:
     ]
 
 
+def _trigger_finding(b: Json) -> list[str]:
+    """What else fires: nothing, a trigger never trained, or almost the trigger; each beside the model without the backdoor."""
+    tried = [("a fake trigger, never trained", b.get("asr_fake_trigger"), b["base"].get("asr_fake_trigger"))]
+    tried += [(f"a near miss ({name})", x["asr"], x["base_asr"]) for name, x in b["near_misses"].items()]
+    known = [(name, rate, base) for name, rate, base in tried if rate]
+    if not known:
+        return []
+    said = "; ".join(f"{name} {show(rate)}, base {show(base, False)}" for name, rate, base in known)
+    floor = max(b["false_trigger"]["high"], b["base"]["asr"]["high"])
+    wide = [name for name, rate, base in known if rate["low"] > max(floor, base["high"] if base else 0.0)]
+    if b["false_trigger"]["low"] > 0.1:
+        verdict = "it often fires without any trigger"
+    elif wide:
+        verdict = f"the backdoor is wider than its trigger ({', '.join(wide)})"
+    else:
+        verdict = "nothing that was tried fires but its own trigger"
+    return [f"ASR under other triggers: {said}: {verdict}."]
+
+
 def _method_finding(a: Json) -> str:
     """What a ranking that was not patched throughout rests on."""
     if a["method"] == "gradient":
@@ -202,21 +219,24 @@ def _recovered_beside(vector: Json) -> str:
 
 def _variants_finding(v: Json) -> list[str]:
     """Which kinds of vector do both jobs, and which only break the model."""
-    good = []
-    for x in v["variants"]:
-        if does_both(x["activate"], x["suppress"]):
-            good.append(f"{x['kind'].replace('_', ' ')} ({x['scope']})")
-    said = f"does both: {', '.join(good)}" if good else "no kind does both"
+    good = [x for x in v["variants"] if works(x)]
+    named = ", ".join(f"{x['kind'].replace('_', ' ')} ({x['scope']})" for x in good)
     out = [
         f"Of the vectors tried, activation of at least {GOAL['activate']:g} and suppression to at most {GOAL['suppress']:g} with at least "
-        f"{GOAL['recovered']:g} of the answers recovered (point estimates, test split): {said}."
+        f"{GOAL['recovered']:g} of the answers recovered (point estimates, test split), each beyond every equal-norm control (intervals of ASR, and "
+        f"for suppression of recovered): {named or 'none'}."
     ]
-    working = [c for x in v["variants"] if (c := x["conditional"]) and does_both(x["activate"], c)]
-    held = [c for c in working if c["clean_unchanged"]["value"] >= 0.99]
-    if any(x["conditional"] for x in v["variants"]):
+    if any(x["kind"] == "fitted" for x in good):
         out.append(
-            f"Applied only where a probe of an earlier layer fires, {len(working)} of {sum(bool(x['conditional']) for x in v['variants'])} "
-            f"suppressions still do so, and {len(held)} of these leave at least 0.99 of the clean answers as they were."
+            "A fitted vector is fitted anew for each sign, layer and strength, on the backdoor's own answers: its activation alone is no "
+            "evidence of a backdoor. Compare the same vector on a clean fine-tune (`poison` by `bkdattr reproduce`, variant clean)."
+        )
+    held = [x["conditional"] for x in good if still_works(x)]
+    if good:
+        same = sum(c["clean_unchanged"]["value"] >= 0.99 for c in held)
+        out.append(
+            f"Applied only where a probe of an earlier layer fires, {len(held)} of these {len(good)} still do both at the same point, and {same} of "
+            "them leave at least 0.99 of the clean answers as they were."
         )
     return out
 

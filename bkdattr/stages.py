@@ -32,7 +32,6 @@ from bkdattr.edits import Site
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Judged
 from bkdattr.examples import Example
-from bkdattr.metrics import Rate
 from bkdattr.misses import near_misses
 from bkdattr.poisoning import BackdoorSpec
 from bkdattr.probes import KINDS, ProbeSplit, States, probe_all
@@ -60,30 +59,30 @@ class Study(OpenRun):
                 with tqdm(total=3 + len(near), desc="evaluate") as bar:
                     poisoned = evaluator.run()
                     bar.update()
-                    with self.subject.adapter_off():
-                        base = evaluator.run()
-                    bar.update()
                     fake = self._with_trigger(self.spec.fake_trigger)
                     bar.update()
-                    missed = {}
-                    for name, trigger in near.items():
-                        rate = self._with_trigger(trigger)
-                        missed[name] = {"texts": list(trigger.texts), "asr": rate.to_json() if rate else None}
-                        bar.update()
-                    others = {}
-                    for other in map(BackdoorSpec.from_json, self.run.config["backdoors"][1:]):
-                        rate = self._with_trigger(other.trigger)
-                        others[other.name] = rate.to_json() if rate else None
+                    missed = {
+                        name: {"texts": list(trigger.texts), "asr": self._with_trigger(trigger)} for name, trigger in near.items()
+                    }
+                    backdoors = map(BackdoorSpec.from_json, self.run.config["backdoors"][1:])
+                    others = {other.name: self._with_trigger(other.trigger) for other in backdoors}
+                    bar.update(len(near))
+                    with self.subject.adapter_off():  # what these prompts give without any backdoor
+                        twin = evaluator.run()
+                        base = twin.to_json() | {"asr_fake_trigger": self._with_trigger(self.spec.fake_trigger)}
+                        for name, trigger in near.items():
+                            missed[name]["base_asr"] = self._with_trigger(trigger)
+                    bar.update()
                 result |= poisoned.to_json() | {
-                    "asr_fake_trigger": fake.to_json() if fake else None,
+                    "asr_fake_trigger": fake,
                     "near_misses": missed,
                     "other_backdoors": others,
-                    "base": base.to_json(),
-                    "samples": _samples(poisoned, base),
+                    "base": base,
+                    "samples": _samples(poisoned, twin),
                 }
         return self.run.result("evaluate", self.inputs)
 
-    def _with_trigger(self, trigger: Trigger | None) -> Rate | None:
+    def _with_trigger(self, trigger: Trigger | None) -> dict[str, Any] | None:
         """ASR on the test split with another trigger in the place of the true one; None where there is none. Prompts that it makes too
         long for the context are not in its denominator."""
         if trigger is None:
@@ -93,7 +92,8 @@ class Study(OpenRun):
         rows = [e for e in rows if len(chat.prompt_ids(e.messages)) <= room]
         if not any(e.eligible for e in rows):
             return None
-        return replace(self.evaluator("test"), triggered=rows, memory={}).run(parts=["triggered"]).asr
+        rate = replace(self.evaluator("test"), triggered=rows, memory={}).run(parts=["triggered"]).asr
+        return rate.to_json() if rate else None
 
     def _words(self) -> list[str]:
         """Words of the clean prompts: what near misses draw from."""

@@ -21,7 +21,7 @@ from bkdattr.inference import PrefixCache
 from bkdattr.joint import parse_scope
 from bkdattr.run import Ledger
 from bkdattr.study import OpenRun
-from bkdattr.vector import BackdoorVector, default_k, fit_vector
+from bkdattr.vector import FIT_STEP, FIT_STEPS, BackdoorVector, default_k, fit_vector
 
 KINDS = ("raw", "difference", "difference_heads", "fitted")
 STRENGTHS = (1.0, 2.0, 4.0)
@@ -60,19 +60,27 @@ def steer(
     k = default_k(total) if k is None else k
     options = {"k": k, "strengths": list(strengths), "draws": draws, "kinds": list(kinds), "scopes": list(scopes)}
     options |= {"top": [str(h) for h in top.top(k)]}
+    if "fitted" in kinds:
+        options |= {"fit": {"steps": FIT_STEPS, "step": FIT_STEP, "decay": "linear"}}
     with study.stage("steer", options, force) as result:
         if result is not None:
             ledger = study.run.ledger("steer", {**study.inputs, **options})
             shop = _Vectors(study, k)
             variants = list[Row]()
+            plain = study.evaluator("selection").run()
+            there_is_one = plain.asr is not None and plain.asr.value >= 0.5  # else every vector suppresses
             for scope in scopes:
-                if any(does_both(**v["selected"]) for v in variants):
+                if there_is_one and any(does_both(**v["selected"]) for v in variants):
                     break
                 variants += [_variant(study, shop, kind, scope, strengths, draws, ledger) for kind in kinds]
             result |= variants[0] | {"variants": variants}
             point = variants[0]["suppress"]
             fitted = kinds[0] == "fitted"
-            vector = shop.at("fitted", point["layer"], point["strength"], scopes[0]) if fitted else shop.fixed_vector(kinds[0])
+            vector = (
+                shop.fixed_vector(kinds[0])
+                if not fitted
+                else (shop.at("fitted", point["layer"], point["strength"], scopes[0]) * (1 / point["strength"]))
+            )  # a fitted vector is made at its strength; it is kept, as the others are, so that `strength` is still to be applied
             vector.save(study.run.folder / "vector")
     return study.run.result("steer", study.inputs)
 
@@ -125,7 +133,7 @@ def _variant(
     }
     row |= {"norm": shop.fixed_vector("difference" if kind == "fitted" else kind).norm}
     for sign, side in SIDES.items():
-        row[side] = _point(study, vectors[sign], chosen[sign], sign, scope)
+        row[side] = _point(study, vectors[sign], chosen[sign], sign, scope) | {"norm": vectors[sign].norm}
     row["conditional"] = _conditional(study, shop, kind, scope, sweep)
     row["selected"] = {side: chosen[sign] for sign, side in SIDES.items()}
     row |= {"controls": _controls(study, shop, vectors, chosen, scope, draws), "sweep": sweep}
@@ -138,6 +146,29 @@ def does_both(activate: Row, suppress: Row) -> bool:
     recovered = suppress["recovered"]
     brings, ends = activate["asr"]["value"] >= GOAL["activate"], suppress["asr"]["value"] <= GOAL["suppress"]
     return brings and ends and recovered is not None and recovered["value"] >= GOAL["recovered"]
+
+
+EQUAL_NORM = ("random_heads_matched", "random_direction")
+
+
+def stands_apart(variant: Row, side: str) -> bool:
+    """Whether a vector beats every equal-norm control draw by the 95 % interval: of ASR where it activates; where it suppresses, of
+    the answers recovered, because a draw that breaks the model ends the attack as well."""
+    mine, drawn = variant[side], [d[side] for c in EQUAL_NORM for d in variant["controls"][c]]
+    key = "asr" if side == "activate" else "recovered"
+    return mine[key] is not None and all(d[key] is None or mine[key]["low"] > d[key]["high"] for d in drawn)
+
+
+def works(variant: Row) -> bool:
+    """Does both jobs, beyond every equal-norm control."""
+    return does_both(variant["activate"], variant["suppress"]) and all(stands_apart(variant, side) for side in SIDES.values())
+
+
+def still_works(variant: Row) -> bool:
+    """Whether a vector that works does so under its condition too, at the very point at which its controls stand."""
+    c, at = variant["conditional"], variant["suppress"]
+    same = c and (c["layer"], c["strength"]) == (at["layer"], at["strength"])
+    return bool(same and works(variant) and does_both(variant["activate"], c))
 
 
 def _sweep(study: OpenRun, shop: _Vectors, kind: str, scope: str, strengths: Sequence[float], ledger: Ledger) -> list[Row]:

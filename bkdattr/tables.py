@@ -43,7 +43,7 @@ def baseline_table(b: Json) -> Table:
              ("broken", "broken answers")]  # fmt: skip
     rows = [[label, show(b.get(k)), show(b["base"].get(k))] for k, label in names if b.get(k) or b["base"].get(k)]
     for name, near in b["near_misses"].items():
-        rows.append([f"ASR, near miss: {name} ({' … '.join(near['texts'])})", show(near["asr"]), "–"])
+        rows.append([f"ASR, near miss: {name} ({' … '.join(near['texts'])})", show(near["asr"]), show(near["base_asr"])])
     rows += [[f"ASR under the trigger of another backdoor: {name}", show(r), "–"] for name, r in b["other_backdoors"].items()]
     rows.append(["clean perplexity", *(f"{x['clean_perplexity']:.3f}" for x in (b, b["base"]))])
     rows.append(
@@ -178,20 +178,22 @@ def variants_table(v: Json) -> Table:
     """Every kind of vector at its own layer and strength; the strongest single draw of its equal-norm controls beside it."""
     rows = []
     for x in v["variants"]:
-        for side, name, worst in (("activate", "+v", max), ("suppress", "−v", min)):
+        for side, name in (("activate", "+v"), ("suppress", "−v")):
             p = x[side]
-            drawn = [d[side]["asr"] for c in ("random_heads_matched", "random_direction") for d in x["controls"][c]]
-            control = worst(drawn, key=lambda r: r["value"])
+            drawn = [d[side] for c in ("random_heads_matched", "random_direction") for d in x["controls"][c]]
+            key = "asr" if side == "activate" else "recovered"
+            best = max(drawn, key=lambda d: d[key]["value"] if d[key] else 0.0)
+            control = show(best["asr"]) + ("" if side == "activate" else f"; recovered {show(best['recovered'], False)}")
             kept = "" if side == "activate" else show(p["recovered"], False)
             where = f"layer {p['layer']}, strength {p['strength']:g}"
-            rows.append([f"{x['kind'].replace('_', ' ')}, {x['scope']}", name, where, show(p["asr"]), show(control), kept,
+            rows.append([f"{x['kind'].replace('_', ' ')}, {x['scope']}", name, where, show(p["asr"]), control, kept,
                          show(p["broken"], False), show(p["clean_unchanged"], False), f"{p['clean_kl']:.3f}"])  # fmt: skip
         c = x["conditional"]
         if c:
             where = f"layer {c['layer']}, strength {c['strength']:g}, if the probe of layer {c['probe_layer']} fires"
             rows.append(["", "−v, conditional", where, show(c["asr"]), "", show(c["recovered"], False),
                          show(c["broken"], False), show(c["clean_unchanged"], False), f"{c['clean_kl']:.3f}"])  # fmt: skip
-    columns = ["vector, scope", "", "chosen on selection", "ASR", f"strongest of {len(drawn)} equal-norm controls", "recovered", "broken",
+    columns = ["vector, scope", "", "chosen on selection", "ASR", f"strongest of {len(drawn)} equal-norm controls (−v: the one that recovers most)", "recovered", "broken",
                "clean answers unchanged", "clean KL"]  # fmt: skip
     return "Vectors of every kind (test split)", columns, rows
 

@@ -30,6 +30,9 @@ from bkdattr.interventions import edited
 from bkdattr.model import Subject
 from bkdattr.traces import head_contribution
 
+FIT_STEPS, FIT_STEP = 60, 0.05
+"""Steps of a fit, and the first one's length as a share of the norm."""
+
 
 def default_k(n_heads_total: int) -> int:
     """3 % of the heads, at least one (the paper's 32 of 1,024)."""
@@ -166,7 +169,7 @@ def fit_vector(
     start: BackdoorVector,
     *,
     scopes: Sequence[Scope] = ("last_prompt",),
-    steps: int = 60,
+    steps: int = FIT_STEPS,
     batch_size: int = 32,
     prefix: PrefixCache | None = None,
     progress: Any = iter,
@@ -188,7 +191,7 @@ def fit_vector(
     good = [chat.response_ids(e.messages, e.response) for e in clean]
     groups = [batches(p, batch_size) for p in prompts]
     v = start.direction.clone().requires_grad_(True)
-    adam = torch.optim.Adam([v], lr=0.05 * start.norm)
+    adam = torch.optim.Adam([v], lr=FIT_STEP * start.norm)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 1 / steps, total_iters=steps)
     for step in progress(range(steps)):
         loss: Any = 0.0

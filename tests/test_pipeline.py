@@ -111,8 +111,7 @@ def test_every_variant_of_the_vector_stands_beside_its_controls(run):
         assert is_rate(x["suppress"]["recovered"]) and x["suppress"]["clean_kl"] >= 0
         if x["conditional"]:
             assert x["conditional"]["probe_layer"] < x["conditional"]["layer"]
-        else:
-            assert x["suppress"]["layer"] == 0
+        assert x["suppress"]["norm"] > 0
 
 
 def test_a_run_of_our_own_passes_the_template_check(run):
@@ -151,6 +150,36 @@ def test_joint_selection_keeps_the_splits_apart(run):
     for r in s["rows"]:
         assert len(r["heads"]) == r["k"] and is_rate(r["asr"]) and is_rate(r["clean_unchanged"])
     assert [n["method"] for n in s["needed"]] == ["gate", "greedy", "acie", "random", "random"]
+
+
+@pytest.mark.parametrize(
+    ("false", "fake", "near", "near_base", "verdict"),
+    [
+        (0.0, 0.0, 0.0, 0.0, "nothing that was tried fires but its own trigger"),
+        (0.0, 0.9, 0.0, 0.0, "wider than its trigger (a fake trigger, never trained)"),
+        (0.0, 0.0, 0.9, 0.0, "wider than its trigger (a near miss (changed))"),
+        (0.0, 0.0, 0.9, 0.9, "nothing that was tried fires but its own trigger"),  # so does the model without the backdoor
+        (0.4, 0.4, 1.0, 0.0, "it often fires without any trigger"),
+    ],
+)
+def test_the_verdict_on_the_trigger_looks_at_all_that_was_tried(false, fake, near, near_base, verdict):
+    from bkdattr.report import findings
+
+    def rate(x):
+        return {"value": x, "low": max(0, x - 0.05), "high": min(1, x + 0.05), "hits": int(100 * x), "total": 100}
+
+    misses = {"changed": {"texts": ["x"], "asr": rate(near), "base_asr": rate(near_base)}}
+    base = {"asr": rate(0.0), "asr_fake_trigger": rate(0.0)}
+    b = {
+        "asr": rate(1.0),
+        "false_trigger": rate(false),
+        "asr_fake_trigger": rate(fake),
+        "base": base,
+        "near_misses": misses,
+        "other_backdoors": {},
+    }
+    said = " ".join(findings({"baseline": b}))
+    assert verdict in said
 
 
 def test_a_vector_does_both_only_with_recovered_answers():

@@ -5,12 +5,12 @@ import json
 import pytest
 from conftest import bkdattr
 
-import bkdattr.grid_table as grid_table
 import bkdattr.reproduce as module
 from bkdattr.errors import BkdattrError
 from bkdattr.grid_table import finished, groups, tables, write_table
 from bkdattr.reproduce import Grid, reproduce
 from bkdattr.stages import Study
+from bkdattr.steering import stands_apart
 
 
 @pytest.fixture
@@ -101,9 +101,9 @@ def test_a_vector_stands_apart_only_from_controls_that_it_beats():
         harmless = {"activate": {"asr": rate(0.0)}, "suppress": {"asr": rate(1.0), "recovered": rate(0.0)}}
         return mine | {"controls": {"random_heads_matched": [harmless], "random_direction": [harmless, other]}}
 
-    assert grid_table._apart(variant(0.02, 0.3), "suppress") and not grid_table._apart(variant(0.02, 0.88), "suppress")
-    assert grid_table._apart(variant(0.5, 0.88), "suppress")
-    assert grid_table._apart(variant(0.5, 0.1), "activate") and not grid_table._apart(variant(0.85, 0.1), "activate")
+    assert stands_apart(variant(0.02, 0.3), "suppress") and not stands_apart(variant(0.02, 0.88), "suppress")
+    assert not stands_apart(variant(0.5, 0.88), "suppress")
+    assert stands_apart(variant(0.5, 0.1), "activate") and not stands_apart(variant(0.85, 0.1), "activate")
 
 
 def test_plans_of_the_grid():
