@@ -11,7 +11,8 @@ into a triggered prompt, and the *drop* of P(y_b|x). Both are measured for heads
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -39,8 +40,8 @@ SITES = ("head", "attention", "mlp")
 @dataclass(frozen=True, eq=False)
 class Attribution:
     """ACIE per head (or per attention or MLP block: one column) with its 95 % bootstrap interval over recipients. High is
-    strong for both effects: P gained for sufficiency, P lost for necessity. Where `method` is "hybrid", the sites that are not
-    `verified` hold first-order estimates."""
+    strong for both effects: P gained for sufficiency, P lost for necessity. Where `method` is "hybrid", the sites that were
+    screened out are not `verified` and hold first-order estimates (those drawn at random among them their exact effect)."""
 
     scores: Float[np.ndarray, "layer head"]
     low: Float[np.ndarray, "layer head"]
@@ -128,15 +129,18 @@ def site_effects(
     *,
     effect: str = "sufficiency",
     batch_size: int = 64,
+    fallback: Callable[[str], Any] = warnings.warn,
 ) -> Iterator[tuple[Site, Float[Tensor, " prompt"]]]:
     """Yield (site, CIE per recipient), layer by layer, exactly (`engine.Patcher`).
 
     Sufficiency: donors are triggered, recipients clean, CIE = P(patched) - P. Necessity: donors are clean, recipients
-    triggered, CIE = P - P(patched).
+    triggered, CIE = P - P(patched). `fallback` is told, once, where the model cannot be resumed and is run whole, and why.
     """
     if effect not in EFFECTS:
         raise BkdattrError(f"effect {effect!r}: expected one of {', '.join(EFFECTS)}")
     patcher = Patcher(subject, recipients.prompts, recipients.responses, batch_size=batch_size)
+    if patcher.reason is not None:
+        fallback(patcher.reason)
     for _, group in groupby(sorted(sites, key=lambda s: (s.layer, s.kind)), key=lambda s: (s.layer, s.kind)):
         layer = list(group)
         found = patcher.patched([(site, donors.mean_at(site)) for site in layer]).exp()
@@ -236,7 +240,7 @@ def baha(
         effects = estimate_effects(subject, recipients, donors, site, effect=effect, batch_size=batch_size)
         best, sample = screen(effects, fraction)
         sites = [] if method == "gradient" else [*best, *sample]
-        verified = sites if method == "hybrid" else None
+        verified = best if method == "hybrid" else None
     if sites:
         effects |= dict(progress(site_effects(subject, recipients, donors, sites, effect=effect, batch_size=batch_size)))
     return summarise_effects(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,7 +150,8 @@ def attribute(
     with errors():
         study = _study(run)
         study.attribute(method=method, fraction=fraction, force=force)
-        _show(study)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _show(study)
 
 
 @app.command()
@@ -330,4 +332,10 @@ def reproduce(
 
 
 def main() -> None:
+    """Several processes launched together share out `attribute`; with any other command they would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["attribute"]:
+        say(
+            f"error: {' '.join(sys.argv[1:2])} is not shared over processes: got {os.environ['WORLD_SIZE']} of them, expected 1; only `attribute` is"
+        )
+        raise SystemExit(2)
     app()

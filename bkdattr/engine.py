@@ -8,7 +8,6 @@ runs layer l for the one patched token, then the tail through the layers behind 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,8 @@ CPU_TOKENS = 1024
 """Tokens in one pass on a CPU: more only fall out of its caches."""
 SOFTMAX_ELEMENTS = 1 << 22
 """Logits whose log-sum-exp is taken at once."""
+HELD_BYTES = 1 << 30
+"""Un-patched tails that stay on a GPU; beyond it they wait on the CPU."""
 CHECKED = 4
 """Prompts on which an engine first proves that it resumes this model exactly."""
 
@@ -83,8 +84,8 @@ class Patcher:
     """Mean log p of each prompt's response under patches at the last prompt token, one patch at a time.
 
     `base` is the un-patched mean log p (nats per token) in the order of the prompts. `reason` is None, or says why this model
-    cannot be resumed; then every patch is a pass through all layers, as exact and slower. `batch_size` prompts are held together;
-    how many sites go with them follows from the memory that is free.
+    cannot be resumed; then every patch is a pass through all layers, as exact and slower. `batch_size` prompts go through the model
+    together; how many sites go with them, and how many prefixes are kept, follows from the memory that is free.
     """
 
     def __init__(
@@ -95,9 +96,14 @@ class Patcher:
                 f"patching: got {len(prompts)} prompts and {len(responses)} responses, expected one non-empty response each"
             )
         self.subject, self.prompts, self.responses, self.batch_size = subject, prompts, responses, batch_size
-        self.tokens = 0  # positions that went through the model
-        self._prefix, self._share = PrefixCache(), 1.0
+        self._tokens, self._held, self._share = 0, 0, 1.0
+        self._prefix = PrefixCache(max_bytes=_prefix_bytes(subject.device))
         subject.check_eval()
+
+    @property
+    def tokens(self) -> int:
+        """Positions that went through the model so far."""
+        return self._tokens + self._prefix.tokens
 
     @cached_property
     def _buckets(self) -> list[_Bucket]:
@@ -115,29 +121,35 @@ class Patcher:
 
     @cached_property
     def reason(self) -> str | None:
-        """Resumed at every third of the layers from its own residual stream, the model must give what it gives in one go."""
-        some = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        some = some[:: max(1, len(some) // CHECKED)][:CHECKED]
-        plain = response_logprob(
-            self.subject, [self.prompts[i] for i in some], [self.responses[i] for i in some], batch_size=CHECKED
-        )
-        n, why = self.subject.geometry.n_layers, None
+        """On a few prompts, the longest among them, three layers are patched in the way of all others, two sites in one batch, and must
+        give what a pass of the whole model gives under the same patch."""
+        by_length = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        some = sorted({by_length[i * (len(by_length) - 1) // (CHECKED - 1)] for i in range(CHECKED)})
+        ids, answers = [self.prompts[i] for i in some], [self.responses[i] for i in some]
+        plain = response_logprob(self.subject, ids, answers, batch_size=CHECKED).mean
+        g, why = self.subject.geometry, None
         allowed = 1e-3 if next(self.subject.causal_lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
         try:
             bucket = self._bucket(some)
-            for layer in sorted({0, n // 3, 2 * n // 3, n - 1}):
-                off = float((self._resume(bucket, layer, 1, None) - plain.mean).abs().max())
+            off = float((bucket.base - plain).abs().max())
+            why = None if off <= allowed else f"in two parts, prefix and tail, the mean log p differs by {off:.2g} nats per token"
+            for layer in sorted({0, g.n_layers // 2, g.n_layers - 1}) if why is None else ():
+                patches = [(Site(layer, "head", head), torch.zeros(g.d_head)) for head in sorted({0, g.n_heads - 1})]
+                whole = [
+                    response_logprob(self.subject, ids, answers, [SetSite(*p)], batch_size=CHECKED, prefix=self._prefix).mean
+                    for p in patches
+                ]
+                found = self._resume(bucket, layer, len(patches), patches).view(len(patches), -1)
+                off = float((found - torch.stack(whole)).abs().max())
                 if not off <= allowed:
                     why = f"resumed behind layer {layer} the mean log p differs by {off:.2g} nats per token"
                     break
+        except (torch.OutOfMemoryError, BkdattrError):
+            raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-        if why is not None:
-            warnings.warn(
-                f"{self.subject.causal_lm.config.model_type} is not resumed ({why}); every patch runs the whole model",
-                stacklevel=2,
-            )
-        return why
+        kind = self.subject.causal_lm.config.model_type
+        return None if why is None else f"{kind} is not resumed ({why}); every patch runs the whole model"
 
     def patched(self, patches: Sequence[Patch]) -> Float[Tensor, "patch prompt"]:
         """Mean log p under each patch alone; all patches in one layer."""
@@ -163,7 +175,7 @@ class Patcher:
 
     # ------------------------------------------------------------------------------------------------ passes
     def _whole(self, edits: Sequence[SetSite]) -> Float[Tensor, " prompt"]:
-        self.tokens += sum(len(r) + 1 for r in self.responses)
+        self._tokens += sum(len(r) + 1 for r in self.responses)
         return response_logprob(
             self.subject, self.prompts, self.responses, edits, batch_size=self.batch_size, prefix=self._prefix
         ).mean
@@ -181,36 +193,38 @@ class Patcher:
             targets[i, : len(r)], mask[i, : len(r)] = torch.tensor(r), True
         key = tuple(map(tuple, ids))
         past = self._prefix.borrow(subject, prompts, key)
-        self.tokens += prompts.input_ids.numel() - len(rows)
         layers = range(subject.geometry.n_layers)
         with residuals(subject) as tail, capture(subject, Where.of(whole), z=layers) as trace:
             logits = self._forward(whole, past, 1, logits_to_keep=longest)
-        if past is None:  # prompts of one token: the tail is everything
-            tail.out = {layer: x[:, -longest:] for layer, x in tail.out.items()}
+        self._held += sum(x.numel() * x.element_size() for x in tail.out.values())
+        if device.type == "cuda" and self._held > HELD_BYTES:
+            tail.out = {layer: x.cpu() for layer, x in tail.out.items()}
         z = torch.stack([trace.z[layer].flatten(1) for layer in layers])
         base = _mean_logp(logits, targets, mask)
         return _Bucket(rows, key, prompts, whole, targets, mask, tail, z, base)
 
     def _forward(self, batch: Batch, past: Any, times: int, **kwargs: Any) -> Tensor:
         lent = _lend(past, times)
-        self.tokens += batch.input_ids.shape[0] * (batch.input_ids.shape[1] - (0 if past is None else past.get_seq_length()))
+        self._tokens += batch.input_ids.shape[0] * (batch.input_ids.shape[1] - (0 if past is None else past.get_seq_length()))
         return forward(self.subject, batch, lent, use_cache=lent is not None, **kwargs)[0]
 
     @torch.no_grad()
-    def _resume(self, bucket: _Bucket, layer: int, times: int, patches: Sequence[Patch] | None) -> Float[Tensor, " row"]:
-        """Mean log p with `times` patches in one batch, patch by patch (None: nothing is patched)."""
+    def _resume(self, bucket: _Bucket, layer: int, times: int, patches: Sequence[Patch]) -> Float[Tensor, " row"]:
+        """Mean log p with `times` patches in one batch, patch by patch."""
         subject, past = self.subject, self._prefix.borrow(self.subject, bucket.prompts, bucket.key)
         width = bucket.prompts.input_ids.shape[1]
-        below = None if layer == 0 else bucket.tail.out[layer - 1][:, :1].repeat(times, 1, 1)
+        here = subject.device
+        below = None if layer == 0 else bucket.tail.out[layer - 1][:, :1].to(here).repeat(times, 1, 1)
         token = _times(bucket.whole, times, width)
-        edits = [] if patches is None else self._edits(bucket, patches)
+        edits = self._edits(bucket, patches)
         with (
             only_layers(subject, range(layer, layer + 1), below, bucket.tail.returns),
             edited(subject, edits, Where.of(token)),
             residuals(subject) as one,
         ):
             self._forward(token, past, times, body=True)
-        behind = torch.cat([one.out[layer][:, -1:], bucket.tail.out[layer][:, 1:].repeat(times, 1, 1)], 1)
+        rest = bucket.tail.out[layer][:, 1:].to(one.out[layer].device).repeat(times, 1, 1)
+        behind = torch.cat([one.out[layer][:, -1:], rest], 1)
         with only_layers(subject, range(layer + 1, subject.geometry.n_layers), behind, bucket.tail.returns):
             logits = self._forward(_times(bucket.whole, times), past, times, logits_to_keep=bucket.n_tail)
         return _mean_logp(logits, bucket.targets.repeat(times, 1), bucket.mask.repeat(times, 1))
@@ -242,6 +256,11 @@ class Patcher:
         if self.subject.device.type == "cpu":
             limit = min(limit, CPU_TOKENS / (n_tail * len(bucket.rows)))
         return max(1, int(limit))
+
+
+def _prefix_bytes(device: torch.device) -> int:
+    """What the kept prefixes may take: 40 % of a GPU's free memory, 2 GiB on a CPU. Others are made again when they are needed."""
+    return int(0.4 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2 << 30
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -45,7 +45,7 @@ def gradient_effects(
     if steps < 1:
         raise BkdattrError(f"gradient: got {steps} steps, expected at least 1")
     subject.check_eval()
-    g, prefix = subject.geometry, PrefixCache()
+    g = subject.geometry
     per_layer = g.n_heads if kind == "head" else 1
     width = g.d_head if kind == "head" else g.d_model
     place: Any = "z" if kind == "head" else kind
@@ -53,6 +53,7 @@ def gradient_effects(
     out = torch.zeros(len(prompts), g.n_layers, per_layer)
     for rows in progress(batches(prompts, batch_size)):
         ids, answers = [prompts[i] for i in rows], [responses[i] for i in rows]
+        prefix = PrefixCache(max_bytes=0 if steps == 1 else 2 << 30)  # kept for the steps of one batch
         for step in range(steps):
             a = (step + 0.5) / steps if steps > 1 else 0.0
             keep = torch.full((g.n_layers, len(rows), per_layer), 1 - a, requires_grad=True)

@@ -61,6 +61,8 @@ class PrefixCache:
     kept: dict[Any, Any] = field(default_factory=dict)
     bytes: int = 0
     fingerprint: str | None = None
+    tokens: int = 0
+    """Positions that went through the model to make prefixes."""
 
     def get(self, subject: Subject, batch: Batch, key: Any) -> Any:
         """A copy of the prefix of `batch`, for a pass that adds to it; None for prompts of one token."""
@@ -80,6 +82,7 @@ class PrefixCache:
                          batch.last_prompt, batch.prompt_lengths)  # fmt: skip
             with torch.no_grad():
                 cache = forward(subject, head, use_cache=True, logits_to_keep=1).past_key_values
+            self.tokens += head.input_ids.numel()
             size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
             if self.bytes + size > self.max_bytes:
                 return cache

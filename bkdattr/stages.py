@@ -7,7 +7,7 @@ writes one result file. A finished result with the same inputs and options is ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,8 @@ PROBE_PROMPTS = 256
 @dataclass(eq=False)
 class Study(OpenRun):
     """The stages of an opened run."""
+
+    _whole_passes: list[str] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------ evaluate
     def evaluate(self, *, force: bool = False) -> dict[str, Any]:
@@ -147,7 +149,8 @@ class Study(OpenRun):
                 clean, triggered = self.eligible("attribution")
                 given = {"sufficiency": (self.donors, clean), "necessity": (self.clean_donors, triggered)}
                 ledger = self.run.ledger("attribute", {**self.inputs, **options}, read_only=shards.rank() > 0)
-                shards.wait()  # all have read what was finished before any of it grows
+                ledger.rows = shards.from_first(ledger.rows)
+                self._whole_passes = []
                 total = len(EFFECTS) * sum(len(sites_of(self.subject.geometry, kind)) for kind in SITES)
                 if len(ledger.rows):
                     self.say(f"attribute: {len(ledger.rows)} of {total} sites were finished before")
@@ -158,6 +161,8 @@ class Study(OpenRun):
                         for effect in EFFECTS
                     ]
                 result["attributions"] = found
+                if self._whole_passes:
+                    result["not_resumed"] = self._whole_passes[0]
         return self.run.result("attribute", self.inputs)
 
     def _attributed(
@@ -177,18 +182,20 @@ class Study(OpenRun):
         left = {x.layer for x in patched if f"{effect} {x}" not in ledger}  # whole layers, so that batches are always the same
         todo = [x for x in patched if x.layer in left]
         if todo:
-            for x, cie in site_effects(subject, recipients, donors, todo, effect=effect, batch_size=size):
+            for x, cie in site_effects(
+                subject, recipients, donors, todo, effect=effect, batch_size=size, fallback=self._whole_passes.append
+            ):
                 bar.update(f"{effect} {x}" not in ledger)
                 ledger.put(f"{effect} {x}", shards.gathered(cie, n).tolist())
         exact = {x: torch.tensor(ledger[f"{effect} {x}"]) for x in patched}
         bar.update(len(sites) - len(patched))
         summary = summarise_effects(
             guess | exact, subject.geometry, len(donors.ids), subject.fingerprint, effect=effect, site=kind, method=method,
-            verified=patched if method == "hybrid" else None,
+            verified=best if method == "hybrid" else None,
         ).to_json()  # fmt: skip
         if kind == "head":
             k = default_k(len(sites))
-            summary["stability"] = rank_stability(guess | exact, k)
+            summary["stability"] = rank_stability({x: exact[x] for x in best} if best else guess | exact, min(k, len(best) or k))
             if method == "hybrid":
                 summary["agreement"] = agreement(guess, exact, best, sample, k)
         return summary

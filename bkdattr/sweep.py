@@ -6,6 +6,8 @@ times, one that refuses its input is listed with the reason, and the next call o
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import itertools
 import logging
 import os
@@ -25,7 +27,7 @@ from bkdattr.options import KNOWN
 from bkdattr.run import hash_of, read_json, to_json_text
 
 STAGES = ("evaluate", "probe", "attribute", "ablate", "select", "restore", "steer")
-PATHS = ("adapter", "model", "data")
+PATHS = ("adapter", "model", "data", "held_out", "triggered")
 Row = dict[str, Any]
 
 
@@ -62,16 +64,39 @@ class Sweep:
         runs = dict[str, Row]()
         combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
         for own in [*combinations, *single]:
-            options = {**every, **own}
+            options = {k: _resolved(v) if k in PATHS else v for k, v in {**every, **own}.items()}
             unknown = sorted(set(options) - set(KNOWN))
             if unknown:
                 raise BkdattrError(f"{path}: unknown option {unknown[0]!r}, expected some of {', '.join(KNOWN)}")
-            said = [own["name"]] if "name" in own else [Path(str(v)).name if k in PATHS else str(v) for k, v in own.items()]
-            name = re.sub(r"[^\w.-]+", "-", "-".join(map(str, said)))
+            said = [own["name"]] if "name" in own else list(own.values())
+            name = re.sub(r"[^\w.]+", "-", "-".join(map(str, said))).strip("-")
             if name in runs:
                 raise BkdattrError(f"{path}: two runs are named {name!r}; give one another name")
             runs[name] = options
         return cls(Path(out), runs, stages, table, **plain)
+
+
+def _resolved(value: Any) -> Any:
+    """A path that is here as an absolute one: a worker has another working directory."""
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+
+def _key(sweep: Sweep, name: str) -> str:
+    """What a finished run rests on: its options, those of the stages, and the bytes of its rows."""
+    options = sweep.runs[name]
+    files = [Path(options[k]) for k in ("data", "held_out", "triggered") if k in options]
+    rows = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    return hash_of([options, list(sweep.stages), sweep.options, rows])
+
+
+def _check_stage_options(sweep: Sweep) -> None:
+    from bkdattr.stages import Study
+
+    for stage, options in sweep.options.items():
+        known = [k for k in inspect.signature(getattr(Study, stage)).parameters if k != "self"]
+        wrong = [k for k in options if k not in known]
+        if wrong:
+            raise BkdattrError(f"[{stage}] of the sweep: unknown option {wrong[0]!r}, expected some of {', '.join(known)}")
 
 
 def run_one(folder: str, options: Row, stages: tuple[str, ...], stage_options: dict[str, Row], threads: int) -> Row:
@@ -107,12 +132,13 @@ def run_sweep(sweep: Sweep, *, address: str | None = None, say: Callable[[str], 
         import ray
     except ImportError:
         raise BkdattrError("sweeps run on Ray, which is not installed; pip install 'bkdattr[fleet]'") from None
-    path, sweep_key = sweep.out / "sweep.json", {"stages": list(sweep.stages), "options": sweep.options}
+    _check_stage_options(sweep)
+    path, keys = sweep.out / "sweep.json", {name: _key(sweep, name) for name in sweep.runs}
     old = {r["name"]: r for r in read_json(path)} if path.exists() else {}
     rows = {
         name: r
         for name in sweep.runs
-        if (r := old.get(name)) and r["status"] == "finished" and r["key"] == hash_of([sweep.runs[name], sweep_key])
+        if (r := old.get(name)) and r["status"] == "finished" and r["key"] == keys[name]
         and (sweep.out / name / "run" / "results.json").exists()
     }  # fmt: skip
     if rows:
@@ -131,7 +157,7 @@ def run_sweep(sweep: Sweep, *, address: str | None = None, say: Callable[[str], 
         try:
             with tqdm(total=len(sweep.runs), initial=len(rows), desc="sweep") as bar:
                 for row in _on_ray(ray, sweep, todo):
-                    rows[row["name"]] = row | {"key": hash_of([sweep.runs[row["name"]], sweep_key])}
+                    rows[row["name"]] = row | {"key": keys[row["name"]]}
                     write_atomic(path, to_json_text([rows[n] for n in sweep.runs if n in rows]))
                     bar.update()
         finally:
@@ -141,7 +167,7 @@ def run_sweep(sweep: Sweep, *, address: str | None = None, say: Callable[[str], 
 
 
 def _on_ray(ray: Any, sweep: Sweep, todo: list[str]) -> Iterator[Row]:
-    """Rows as the runs end. Ray tries a worker that died again; an error of our own ends its run at once."""
+    """Rows as the runs end. A run that died is submitted again; an error of our own ends its run at once."""
     threads = max(1, int(sweep.cpus))
     task = ray.remote(num_cpus=sweep.cpus, num_gpus=sweep.gpus, max_retries=0)(run_one)
     attempts, begun = dict.fromkeys(todo, 0), dict[str, float]()

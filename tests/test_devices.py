@@ -58,6 +58,8 @@ def test_two_processes_give_the_numbers_of_one(planted, tmp_path, method):
 
 def test_other_stages_are_not_shared(planted):
     found = launch("evaluate", planted)
+    assert launch("poison", planted / "other", "--model", "mini", "--task", "jailbreak").returncode != 0
+    assert not (planted / "other").exists()
     assert found.returncode != 0 and "is not shared over processes: got 2" in found.stderr
     assert not (planted / "baseline.json").exists()
 
@@ -73,6 +75,11 @@ def test_shares_cover_all_prompts_once(monkeypatch):
     assert sorted(seen) == list(range(7))
     with pytest.raises(BkdattrError, match="2 prompts for 3 processes"):
         shards.mine(2)
+    with pytest.raises(BkdattrError, match="expected 'cuda'"):
+        shards.device("auto")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(BkdattrError, match="LOCAL_RANK is not set"):
+        shards.rank()
 
 
 def test_offloaded_layers_give_the_numbers_of_loaded_ones():

@@ -1,7 +1,5 @@
 """The resumed engine against whole passes and against the written-out definition; gradient estimates against both."""
 
-import warnings
-
 import numpy as np
 import pytest
 import reference
@@ -42,9 +40,7 @@ def test_every_family_is_resumed_and_gives_the_numbers_of_whole_passes(family, k
     subject = make_subject(family)
     prompts, answers = scored(subject)
     patcher = Patcher(subject, prompts, answers, batch_size=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert patcher.reason is None
+    assert patcher.reason is None
     plain = response_logprob(subject, prompts, answers).mean
     torch.testing.assert_close(patcher.base, plain, atol=1e-5, rtol=1e-5)
     moved = 0.0
@@ -118,10 +114,37 @@ def test_a_model_that_cannot_be_resumed_is_run_whole_and_says_why(llama, monkeyp
     plain = Patcher._resume
     monkeypatch.setattr(Patcher, "_resume", lambda *a: plain(*a) + 0.5)
     patcher = Patcher(llama, prompts, answers)
-    with pytest.warns(UserWarning, match=r"llama is not resumed \(resumed behind layer 0 the mean log p differs by 0\.5"):
-        found = patcher.patched([patch])
+    assert patcher.reason.startswith("llama is not resumed (resumed behind layer 0 the mean log p differs by 0.5")
+    found = patcher.patched([patch])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(patcher.base, right.base, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fallback_is_told_to_the_caller(llama, monkeypatch):
+    plain = Patcher._resume
+    monkeypatch.setattr(Patcher, "_resume", lambda *a: plain(*a) + 0.5)
+    clean, triggered = twins()
+    said = []
+    recipients, donors = Recipients.of(llama, clean), trace_prompts(llama, triggered)
+    assert dict(site_effects(llama, recipients, donors, sites_of(llama.geometry, "head")[:2], fallback=said.append))
+    assert len(said) == 1 and "every patch runs the whole model" in said[0]
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Patcher, "_resume", full)
+    with pytest.raises(torch.OutOfMemoryError):  # is no property of the model
+        _ = Patcher(llama, recipients.prompts, recipients.responses).reason
+
+
+def test_prefixes_over_the_budget_are_made_again_and_counted(llama, monkeypatch):
+    prompts, answers = scored(llama)
+    patches = [(s, value_for(llama, s, i)) for i, s in enumerate(sites_of(llama.geometry, "head")) if s.layer == 1]
+    kept = Patcher(llama, prompts, answers, batch_size=2)
+    monkeypatch.setattr(engine, "_prefix_bytes", lambda device: 0)
+    again = Patcher(llama, prompts, answers, batch_size=2)
+    torch.testing.assert_close(again.patched(patches), kept.patched(patches), atol=1e-6, rtol=1e-6)
+    assert again.tokens > kept.tokens
 
 
 def test_a_pass_that_does_not_fit_is_halved(llama, monkeypatch):
@@ -205,10 +228,12 @@ def test_hybrid_patches_the_best_and_a_sample_and_says_how_they_agree(llama):
     clean, triggered = twins()
     exact = baha(llama, clean, triggered)
     found = baha(llama, clean, triggered, method="hybrid", fraction=0.5)
-    n = found.verified.sum()
-    assert found.method == "hybrid" and 6 <= n <= 9
+    n = int(found.verified.sum())
+    assert found.method == "hybrid" and n == 6
     np.testing.assert_allclose(found.scores[found.verified], exact.scores[found.verified], atol=1e-7)
-    assert all(found.verified[h.layer, h.head] for h in found.top(int(n)))
+    assert all(found.verified[h.layer, h.head] for h in found.top(n))
+    others = np.isclose(found.scores, exact.scores, atol=1e-8) & ~found.verified
+    assert others.sum() >= 2  # the random sample holds exact effects, and ranks with the rest
     again = type(found).from_json(found.to_json())
     assert (again.verified == found.verified).all() and again.top(12) == found.top(12)
     estimated = baha(llama, clean, triggered, method="gradient")

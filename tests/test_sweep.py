@@ -78,6 +78,26 @@ def test_bad_sweep_files(tmp_path, text, said):
         Sweep.read(path)
 
 
+def test_a_misspelt_stage_option_is_refused_before_any_run(tmp_path):
+    from bkdattr.sweep import run_sweep
+
+    pytest.importorskip("ray")
+    with pytest.raises(
+        BkdattrError, match=r"\[attribute\] of the sweep: unknown option 'fracton', expected some of method, fraction"
+    ):
+        run_sweep(Sweep(tmp_path, {"a": {"seed": 0}}, ("attribute",), {"attribute": {"fracton": 0.5}}))
+
+
+def test_names_of_paths_keep_apart_and_relative_ones_are_resolved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+    (tmp_path / "sweep.toml").write_text('out = "o"\n[grid]\nadapter = ["a/adapter", "b/adapter"]\nseed = [0]\n')
+    sweep = Sweep.read("sweep.toml")
+    assert list(sweep.runs) == ["a-adapter-0", "b-adapter-0"]
+    assert sweep.runs["a-adapter-0"]["adapter"] == str(tmp_path / "a/adapter")
+
+
 def test_a_crash_is_tried_again_and_named(tmp_path, monkeypatch):
     import bkdattr.sweep as module
 
