@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from bkdattr.chat import Batch, make_batch
 from bkdattr.edits import SetSite, Site, Where
@@ -42,6 +43,10 @@ def _lend(cache: Any, times: int) -> Any:
 
     def lent(layer: Any) -> Any:
         def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if (
+                type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+            ):  # repeated and joined in one copy
+                return tuple(_joined(old, new, times) for old, new in ((layer.keys, keys), (layer.values, values)))
             whole = copy.copy(layer)
             whole.keys, whole.values = (x.repeat(times, 1, 1, 1) for x in (layer.keys, layer.values))
             return whole.update(keys, values, *args, **kwargs)
@@ -53,6 +58,12 @@ def _lend(cache: Any, times: int) -> Any:
     out = copy.copy(cache)
     out.layers = [lent(layer) for layer in cache.layers]
     return out
+
+
+def _joined(prefix: Tensor, tail: Tensor, times: int) -> Tensor:
+    """[row, head, pos, d] of a prefix, `times` over, with the tails behind."""
+    own = tail.view(times, -1, *tail.shape[1:])
+    return torch.cat([prefix.expand(times, *prefix.shape), own], -2).flatten(0, 1)
 
 
 def _times(batch: Batch, times: int, width: int | None = None) -> Batch:

@@ -1,0 +1,89 @@
+"""How far gradient estimates agree with exact effects on planted backdoors, and what the hybrid finds in what time.
+
+`python -m benchmarks.screening runs/grid` takes the poisoned runs in a folder (`bkdattr reproduce runs/grid`), attributes every one anew by each
+method on its attribution split, sufficiency of heads, and prints Spearman, the overlap of the top 5 %, and the recall of the exact top 3 %.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bkdattr.attribution import Recipients, estimate_effects, site_effects, sites_of
+from bkdattr.metrics import spearman
+from bkdattr.run import Run
+from bkdattr.screening import FRACTION, screen
+from bkdattr.stages import Study
+from bkdattr.vector import default_k
+
+
+def measured(folder):
+    study = Study(Run.open(folder), lambda text: None)
+    subject, (clean, _) = study.subject, study.eligible("attribution")
+    recipients, donors, heads = Recipients.of(subject, clean), study.donors, sites_of(study.subject.geometry, "head")
+    size, config = study.run.config["batch_size"], study.run.config
+
+    def clock(work):
+        start = time.perf_counter()
+        return work(), time.perf_counter() - start
+
+    def exact(sites):
+        return {s: float(x.mean()) for s, x in site_effects(subject, recipients, donors, sites, batch_size=size)}
+
+    def estimate():
+        return estimate_effects(subject, recipients, donors, batch_size=size)
+
+    def hybrid():
+        best, sample = screen(estimate(), FRACTION, config["seed"])
+        return best, exact([*best, *sample])
+
+    estimate()  # warm
+    true, t_exact = clock(lambda: exact(heads))
+    guess, t_gradient = clock(estimate)
+    (best, found), t_hybrid = clock(hybrid)
+    guess = {s: float(x.mean()) for s, x in guess.items()}
+    ranked = [sorted(heads, key=lambda s, x=x: -x[s]) for x in (true, guess)]
+    k, five = default_k(len(heads)), max(1, round(0.05 * len(heads)))
+    top = set(sorted(best, key=lambda s: -found[s])[:k])
+    return {
+        "run": f"{config['task']}, seed {config['seed']}", "heads": len(heads), "prompts": len(clean), "k": k,
+        "spearman": spearman([true[s] for s in heads], [guess[s] for s in heads]),
+        "top5_overlap": len(set(ranked[0][:five]) & set(ranked[1][:five])) / five,
+        "gradient_recall": len(set(ranked[0][:k]) & set(ranked[1][:k])), "hybrid_recall": len(set(ranked[0][:k]) & top),
+        "seconds": {"exact": t_exact, "gradient": t_gradient, "hybrid": t_hybrid},
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("--tasks", default="fixed-output,label-flip,jailbreak")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folders = [
+        f for t in args.tasks.split(",") for f in sorted(args.grid.glob(f"{t}-*-poisoned")) if (f / "poison.json").exists()
+    ]
+    rows = [measured(folder) for folder in folders]
+    if not rows:
+        raise SystemExit(f"{args.grid}: no poisoned runs of {args.tasks}; make them with `bkdattr reproduce {args.grid}`")
+    n = sum(r["k"] for r in rows)
+    share = [r["seconds"]["hybrid"] / r["seconds"]["exact"] for r in rows]
+    pooled = {
+        "hybrid_recall": f"{sum(r['hybrid_recall'] for r in rows)}/{n}", "gradient_recall": f"{sum(r['gradient_recall'] for r in rows)}/{n}",
+        "hybrid_share_of_exact_time": float(sum(r["seconds"]["hybrid"] for r in rows) / sum(r["seconds"]["exact"] for r in rows)),
+        "share_range": [min(share), max(share)], "fraction": FRACTION, "threads": args.threads,
+        "mean_spearman": float(np.mean([r["spearman"] for r in rows])),
+    }  # fmt: skip
+    text = json.dumps({"pooled": pooled, "runs": rows}, indent=1)
+    if args.json:
+        args.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
