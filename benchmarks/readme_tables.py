@@ -1,7 +1,7 @@
 """The README's tables from the runs of `bkdattr reproduce`: `python -m benchmarks.readme_tables runs/grid [--readme README.md]`.
 
 `<!-- demo table -->` takes one row per poisoned run (what `bkdattr demo` shows of it), `<!-- grid table: TITLE -->` the table of
-`table.json` whose title begins so. `--copy PATH` writes the whole `table.md` there too.
+`table.json` whose title begins so, `<!-- attribution table -->` and `<!-- screening table -->` those of `benchmarks/results`. `--copy PATH` writes the whole `table.md` there too.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 
 from bkdattr.grid_table import whole as complete
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def value(rate):
@@ -78,12 +80,63 @@ def grid_table(folder, title):
     return f"**{t['title']}**\n\n" + written([t["columns"], ["---"] * len(t["columns"]), *t["rows"]])
 
 
-MARKED = re.compile(r"(<!-- (demo|grid) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S)
+def attribution_table():
+    """One row per shape, from `benchmarks/results/attribution-*.json`."""
+    columns = ["shape", "heads, prompts (tokens)", "exact", "published / exact", "dynamic padding / exact", "TransformerLens / exact",
+               "exact / hybrid", "exact / gradient", "largest difference of log p (of ACIE, relative)"]  # fmt: skip
+    rows = []
+    for path in sorted(RESULTS.glob("attribution-*.json")):
+        r = json.loads(path.read_text())
+        q = r["ratio"]
+        rows.append([
+            f"{r['name']}, {r['dtype'].removeprefix('torch.')}, {r['device']}", f"{r['shape']['heads']}, {r['prompts']} ({r['prompt_tokens']} + {r['answer_tokens']})",
+            f"{r['engines']['exact']['seconds']:.1f} s",
+            *(f"{q[k]:.1f}" if k in q else "–" for k in ("published_over_exact", "dynamic_over_exact", "tl_over_exact", "exact_over_hybrid", "exact_over_gradient")),
+            f"{r['max_abs_diff_logp']:.0e} ({r['max_rel_diff_acie']:.0e})",
+        ])  # fmt: skip
+    return written([columns, ["---"] * len(columns), *rows])
+
+
+def screening_table():
+    """From `benchmarks/results/screening.json`."""
+    found = json.loads((RESULTS / "screening.json").read_text())
+    columns = [
+        "run",
+        "Spearman, gradient and exact",
+        "overlap of the top 5 %",
+        "exact top 3 % found by gradient",
+        "by hybrid",
+        "hybrid's share of exact's time",
+    ]
+    rows = [
+        [r["run"], f"{r['spearman']:.3f}", f"{r['top5_overlap']:.2f}", f"{r['gradient_recall']}/{r['k']}", f"{r['hybrid_recall']}/{r['k']}",
+         f"{r['seconds']['hybrid'] / r['seconds']['exact']:.2f}"] for r in found["runs"]
+    ]  # fmt: skip
+    p = found["pooled"]
+    rows.append(
+        [
+            "all",
+            f"{p['mean_spearman']:.3f} (mean)",
+            "",
+            p["gradient_recall"],
+            p["hybrid_recall"],
+            f"{p['hybrid_share_of_exact_time']:.2f}",
+        ]
+    )
+    return written([columns, ["---"] * len(columns), *rows])
+
+
+MARKED = re.compile(r"(<!-- (demo|grid|attribution|screening) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S)
 
 
 def filled(page, folder):
     def make(m):
-        return m[1] + (demo_table(folder) if m[2] == "demo" else grid_table(folder, m[3])) + "\n" + m[4]
+        kind = m[2]
+        if folder is None and kind in ("demo", "grid"):
+            return m[0]
+        table = {"demo": lambda: demo_table(folder), "grid": lambda: grid_table(folder, m[3]), "attribution": attribution_table,
+                 "screening": screening_table}[kind]()  # fmt: skip
+        return m[1] + table + "\n" + m[4]
 
     page, n = MARKED.subn(make, page)
     if not n:
@@ -93,15 +146,15 @@ def filled(page, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("grid", type=Path)
+    parser.add_argument("grid", type=Path, nargs="?", help="left out: only the benchmarks' tables are filled")
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--copy", type=Path)
     args = parser.parse_args()
     if args.readme:
         args.readme.write_text(filled(args.readme.read_text(), args.grid))
-    else:
+    elif args.grid:
         print(demo_table(args.grid))
-    if args.copy:
+    if args.copy and args.grid:
         args.copy.write_text((args.grid / "table.md").read_text())
 
 
