@@ -68,9 +68,9 @@ def steer(
             shop = _Vectors(study, k)
             variants = list[Row]()
             plain = study.evaluator("selection").run()
-            there_is_one = plain.asr is not None and plain.asr.value >= 0.5  # else every vector suppresses
+            there_is_one = plain.asr is not None and plain.asr.value >= 0.5  # else every vector suppresses, at any scope
             for scope in scopes:
-                if there_is_one and any(does_both(**v["selected"]) for v in variants):
+                if variants and (not there_is_one or any(does_both(**v["selected"]) for v in variants)):
                     break
                 variants += [_variant(study, shop, kind, scope, strengths, draws, ledger) for kind in kinds]
             result |= variants[0] | {"variants": variants}
