@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from bkdattr.attribution import sites_of
-from bkdattr.engine import Patcher
+from bkdattr.engine import Patcher, prefix_cache
 from bkdattr.gradient import gradient_effects
 from bkdattr.lens import to_transformer_lens
 from bkdattr.metrics import spearman
@@ -219,20 +219,21 @@ def run(subject, *, prompts, prompt_tokens, answer_tokens, sample, checked, seed
             "timed_heads": timed_heads,
         }
 
-    def patch(sites):
-        patcher = Patcher(subject, taken, answers, batch_size=prompts)
+    def patch(sites, prefix=None):
+        patcher = Patcher(subject, taken, answers, batch_size=prompts, prefix=prefix)
         found = {}
         for layer in sorted({s.layer for s in sites}):
             group = [s for s in sites if s.layer == layer]
             found |= dict(zip(group, patcher.patched([(s, donors.mean_at(s)) for s in group]), strict=True))
         return patcher, found
 
-    def estimate():
-        return gradient_effects(subject, taken, answers, donors, batch_size=prompts)
+    def estimate(prefix=None):
+        return gradient_effects(subject, taken, answers, donors, batch_size=prompts, prefix=prefix)
 
     def hybrid():
-        best, rest = screen(estimate(), FRACTION, seed)
-        return patch([*best, *rest])
+        prefix = prefix_cache(subject)
+        best, rest = screen(estimate(prefix), FRACTION, seed)
+        return patch([*best, *rest], prefix)
 
     (patcher, exact), seconds, peak = timed(device, lambda: patch(heads))
     note("exact", seconds, patcher.tokens, peak, len(heads))
@@ -241,7 +242,7 @@ def run(subject, *, prompts, prompt_tokens, answer_tokens, sample, checked, seed
     passes = prompts * (prompt_tokens - 1 + 2 * (answer_tokens + 1))  # the tails forward and backward
     note("gradient", seconds, passes, peak, len(heads))
     (screened, _), seconds, peak = timed(device, hybrid)
-    note("hybrid", seconds, passes + screened.tokens, peak, len(heads))
+    note("hybrid", seconds, prompts * 2 * (answer_tokens + 1) + screened.tokens, peak, len(heads))
     builders = {
         "published": lambda: Slow(subject, taken, answers, PADDED),
         "dynamic": lambda: Slow(subject, taken, answers),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from bkdattr.attribution import Recipients, estimate_effects, site_effects, sites_of
+from bkdattr.engine import prefix_cache
 from bkdattr.metrics import spearman
 from bkdattr.run import Run
 from bkdattr.screening import FRACTION, screen
@@ -30,15 +31,16 @@ def measured(folder):
         start = time.perf_counter()
         return work(), time.perf_counter() - start
 
-    def exact(sites):
-        return {s: float(x.mean()) for s, x in site_effects(subject, recipients, donors, sites, batch_size=size)}
+    def exact(sites, prefix=None):
+        return {s: float(x.mean()) for s, x in site_effects(subject, recipients, donors, sites, batch_size=size, prefix=prefix)}
 
-    def estimate():
-        return estimate_effects(subject, recipients, donors, batch_size=size)
+    def estimate(prefix=None):
+        return estimate_effects(subject, recipients, donors, batch_size=size, prefix=prefix)
 
     def hybrid():
-        best, sample = screen(estimate(), FRACTION, config["seed"])
-        return best, exact([*best, *sample])
+        prefix = prefix_cache(subject)
+        best, sample = screen(estimate(prefix), FRACTION, config["seed"])
+        return best, exact([*best, *sample], prefix)
 
     estimate()  # warm
     true, t_exact = clock(lambda: exact(heads))

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from bkdattr.architectures import HeadGeometry, HeadIndex
 from bkdattr.edits import Site
-from bkdattr.engine import Patcher
+from bkdattr.engine import Patcher, prefix_cache
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.gradient import gradient_effects
+from bkdattr.inference import PrefixCache
 from bkdattr.metrics import bootstrap_interval, expected_jaccard, jaccard, kendall
 from bkdattr.model import Subject
 from bkdattr.screening import FRACTION, check_method, screen
@@ -130,6 +131,7 @@ def site_effects(
     effect: str = "sufficiency",
     batch_size: int = 64,
     fallback: Callable[[str], Any] = warnings.warn,
+    prefix: PrefixCache | None = None,
 ) -> Iterator[tuple[Site, Float[Tensor, " prompt"]]]:
     """Yield (site, CIE per recipient), layer by layer, exactly (`engine.Patcher`).
 
@@ -138,7 +140,7 @@ def site_effects(
     """
     if effect not in EFFECTS:
         raise BkdattrError(f"effect {effect!r}: expected one of {', '.join(EFFECTS)}")
-    patcher = Patcher(subject, recipients.prompts, recipients.responses, batch_size=batch_size)
+    patcher = Patcher(subject, recipients.prompts, recipients.responses, batch_size=batch_size, prefix=prefix)
     if patcher.reason is not None:
         fallback(patcher.reason)
     for _, group in groupby(sorted(sites, key=lambda s: (s.layer, s.kind)), key=lambda s: (s.layer, s.kind)):
@@ -157,9 +159,12 @@ def estimate_effects(
     *,
     effect: str = "sufficiency",
     batch_size: int = 64,
+    prefix: PrefixCache | None = None,
 ) -> dict[Site, Float[Tensor, " prompt"]]:
     """First-order estimates of the CIEs of all heads, attention or MLP blocks, signed as `site_effects` signs them."""
-    found = gradient_effects(subject, recipients.prompts, recipients.responses, donors, kind, batch_size=batch_size)
+    found = gradient_effects(
+        subject, recipients.prompts, recipients.responses, donors, kind, batch_size=batch_size, prefix=prefix
+    )
     return found if effect == "sufficiency" else {s: -x for s, x in found.items()}
 
 
@@ -235,14 +240,17 @@ def baha(
         )
     given, taken = (triggered, clean) if effect == "sufficiency" else (clean, triggered)
     recipients, donors = Recipients.of(subject, taken), trace_prompts(subject, given, batch_size=batch_size)
-    sites, effects, verified = sites_of(subject.geometry, site), dict[Site, Tensor](), None
+    sites, effects, verified, shared = sites_of(subject.geometry, site), dict[Site, Tensor](), None, None
     if method != "exact":
-        effects = estimate_effects(subject, recipients, donors, site, effect=effect, batch_size=batch_size)
+        shared = prefix_cache(subject)
+        effects = estimate_effects(subject, recipients, donors, site, effect=effect, batch_size=batch_size, prefix=shared)
         best, sample = screen(effects, fraction)
         sites = [] if method == "gradient" else [*best, *sample]
         verified = best if method == "hybrid" else None
     if sites:
-        effects |= dict(progress(site_effects(subject, recipients, donors, sites, effect=effect, batch_size=batch_size)))
+        effects |= dict(
+            progress(site_effects(subject, recipients, donors, sites, effect=effect, batch_size=batch_size, prefix=shared))
+        )
     return summarise_effects(
         effects, subject.geometry, len(given), subject.fingerprint, effect=effect, site=site, method=method, verified=verified
     )

@@ -91,16 +91,28 @@ class _Bucket:
         return self.whole.input_ids.shape[1] - self.prompts.input_ids.shape[1] + 1
 
 
+def tail_batches(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Row numbers, batched by length of the response, then of the prompt: tails are what is run again and again."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(responses[i]), len(prompts[i])))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
 class Patcher:
     """Mean log p of each prompt's response under patches at the last prompt token, one patch at a time.
 
     `base` is the un-patched mean log p (nats per token) in the order of the prompts. `reason` is None, or says why this model
     cannot be resumed; then every patch is a pass through all layers, as exact and slower. `batch_size` prompts go through the model
-    together; how many sites go with them, and how many prefixes are kept, follows from the memory that is free.
+    together; how many sites go with them, and how many prefixes are kept, follows from the memory that is free. `prefix` shares prefixes with what was run before.
     """
 
     def __init__(
-        self, subject: Subject, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, batch_size: int = 64
+        self,
+        subject: Subject,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 64,
+        prefix: PrefixCache | None = None,
     ) -> None:
         if not prompts or len(prompts) != len(responses) or any(len(r) == 0 for r in responses):
             raise BkdattrError(
@@ -108,7 +120,7 @@ class Patcher:
             )
         self.subject, self.prompts, self.responses, self.batch_size = subject, prompts, responses, batch_size
         self._tokens, self._held, self._share = 0, 0, 1.0
-        self._prefix = PrefixCache(max_bytes=_prefix_bytes(subject.device))
+        self._prefix = prefix or prefix_cache(subject)
         subject.check_eval()
 
     @property
@@ -118,8 +130,7 @@ class Patcher:
 
     @cached_property
     def _buckets(self) -> list[_Bucket]:
-        order = sorted(range(len(self.prompts)), key=lambda i: (len(self.responses[i]), len(self.prompts[i])))
-        return [self._bucket(order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
+        return [self._bucket(rows) for rows in tail_batches(self.prompts, self.responses, self.batch_size)]
 
     @cached_property
     def base(self) -> Float[Tensor, " prompt"]:
@@ -132,7 +143,7 @@ class Patcher:
 
     @cached_property
     def reason(self) -> str | None:
-        """On a few prompts, the longest among them, three layers are patched in the way of all others, two sites in one batch, and must
+        """On a few prompts, the longest among them, the first and the last layer are patched in the way of all others, two sites in one batch, and must
         give what a pass of the whole model gives under the same patch."""
         by_length = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         some = sorted({by_length[i * (len(by_length) - 1) // (CHECKED - 1)] for i in range(CHECKED)})
@@ -144,7 +155,7 @@ class Patcher:
             bucket = self._bucket(some)
             off = float((bucket.base - plain).abs().max())
             why = None if off <= allowed else f"in two parts, prefix and tail, the mean log p differs by {off:.2g} nats per token"
-            for layer in sorted({0, g.n_layers // 2, g.n_layers - 1}) if why is None else ():
+            for layer in sorted({0, g.n_layers - 1}) if why is None else ():
                 patches = [(Site(layer, "head", head), torch.zeros(g.d_head)) for head in sorted({0, g.n_heads - 1})]
                 whole = [
                     response_logprob(self.subject, ids, answers, [SetSite(*p)], batch_size=CHECKED, prefix=self._prefix).mean
@@ -269,9 +280,10 @@ class Patcher:
         return max(1, int(limit))
 
 
-def _prefix_bytes(device: torch.device) -> int:
-    """What the kept prefixes may take: 40 % of a GPU's free memory, 2 GiB on a CPU. Others are made again when they are needed."""
-    return int(0.4 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2 << 30
+def prefix_cache(subject: Subject) -> PrefixCache:
+    """Room for prefixes: 40 % of a GPU's free memory, 2 GiB on a CPU. Beyond it they are made again when they are needed."""
+    device = subject.device
+    return PrefixCache(max_bytes=int(0.4 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 2 << 30)
 
 
 def _free_bytes(device: torch.device) -> float:

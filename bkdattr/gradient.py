@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bkdattr.edits import BlendSite, Edit, Site
+from bkdattr.engine import tail_batches
 from bkdattr.errors import BkdattrError
-from bkdattr.inference import PrefixCache, batches, score_batch
+from bkdattr.inference import PrefixCache, score_batch
 from bkdattr.model import Subject
 from bkdattr.traces import Traces
 
@@ -35,12 +36,13 @@ def gradient_effects(
     steps: int = 1,
     log: bool = False,
     batch_size: int = 64,
+    prefix: PrefixCache | None = None,
     progress: Any = iter,
 ) -> dict[Site, Float[Tensor, " prompt"]]:
     """First-order estimate of P(patched) - P per site and prompt, for all heads, attention or MLP blocks (`kind`).
 
     `steps` 1: at the un-patched model; more: the midpoints of as many parts of the path. `log`: of mean log p, in nats per token,
-    in place of P. The model's weights get no gradient.
+    in place of P. `prefix` keeps the prompts' prefixes for others. The model's weights get no gradient.
     """
     if steps < 1:
         raise BkdattrError(f"gradient: got {steps} steps, expected at least 1")
@@ -51,15 +53,15 @@ def gradient_effects(
     place: Any = "z" if kind == "head" else kind
     values = [donors.mean_at(Site(layer, place)) for layer in range(g.n_layers)]
     out = torch.zeros(len(prompts), g.n_layers, per_layer)
-    for rows in progress(batches(prompts, batch_size)):
+    for rows in progress(tail_batches(prompts, responses, batch_size)):
         ids, answers = [prompts[i] for i in rows], [responses[i] for i in rows]
-        prefix = PrefixCache(max_bytes=0 if steps == 1 else 2 << 30)  # kept for the steps of one batch
+        shared = prefix or PrefixCache(max_bytes=0 if steps == 1 else 2 << 30)  # else kept for the steps of one batch
         for step in range(steps):
             a = (step + 0.5) / steps if steps > 1 else 0.0
             keep = torch.full((g.n_layers, len(rows), per_layer), 1 - a, requires_grad=True)
             wide = keep.repeat_interleave(width, -1)
             edits: list[Edit] = [BlendSite(Site(layer, place), values[layer], wide[layer]) for layer in range(g.n_layers)]
-            mean = score_batch(subject, ids, answers, edits, prefix=prefix).mean
+            mean = score_batch(subject, ids, answers, edits, prefix=shared).mean
             (found,) = torch.autograd.grad((mean if log else mean.exp()).sum(), [keep])
             out[rows] -= found.permute(1, 0, 2) / steps
     return {

@@ -29,6 +29,7 @@ from bkdattr.attribution import (
     summarise_effects,
 )  # fmt: skip
 from bkdattr.edits import Site
+from bkdattr.engine import prefix_cache
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluation, Judged
 from bkdattr.examples import Example
@@ -173,8 +174,9 @@ class Study(OpenRun):
         sites, n, mine = sites_of(subject.geometry, kind), len(taken), shards.mine(len(taken))
         recipients = Recipients.of(subject, taken).part(mine)
         guess, best, sample, patched = dict[Site, torch.Tensor](), list[Site](), list[Site](), sites
+        prefix = prefix_cache(subject)
         if method != "exact":
-            guess = estimate_effects(subject, recipients, donors, kind, effect=effect, batch_size=size)
+            guess = estimate_effects(subject, recipients, donors, kind, effect=effect, batch_size=size, prefix=prefix)
             whole = shards.gathered(torch.stack(list(guess.values())), n)
             guess = dict(zip(guess, whole, strict=True))
             best, sample = screen(guess, fraction, self.run.config["seed"]) if method == "hybrid" else ([], [])
@@ -183,7 +185,14 @@ class Study(OpenRun):
         todo = [x for x in patched if x.layer in left]
         if todo:
             for x, cie in site_effects(
-                subject, recipients, donors, todo, effect=effect, batch_size=size, fallback=self._whole_passes.append
+                subject,
+                recipients,
+                donors,
+                todo,
+                effect=effect,
+                batch_size=size,
+                prefix=prefix,
+                fallback=self._whole_passes.append,
             ):
                 bar.update(f"{effect} {x}" not in ledger)
                 ledger.put(f"{effect} {x}", shards.gathered(cie, n).tolist())

@@ -15,7 +15,7 @@ from bkdattr.edits import SetSite, Site
 from bkdattr.engine import Patcher
 from bkdattr.errors import BkdattrError
 from bkdattr.gradient import gradient_effects
-from bkdattr.inference import generate, response_logprob
+from bkdattr.inference import PrefixCache, generate, response_logprob
 from bkdattr.screening import agreement, screen
 from bkdattr.traces import trace_prompts
 
@@ -141,7 +141,7 @@ def test_prefixes_over_the_budget_are_made_again_and_counted(llama, monkeypatch)
     prompts, answers = scored(llama)
     patches = [(s, value_for(llama, s, i)) for i, s in enumerate(sites_of(llama.geometry, "head")) if s.layer == 1]
     kept = Patcher(llama, prompts, answers, batch_size=2)
-    monkeypatch.setattr(engine, "_prefix_bytes", lambda device: 0)
+    monkeypatch.setattr(engine, "prefix_cache", lambda subject: PrefixCache(max_bytes=0))
     again = Patcher(llama, prompts, answers, batch_size=2)
     torch.testing.assert_close(again.patched(patches), kept.patched(patches), atol=1e-6, rtol=1e-6)
     assert again.tokens > kept.tokens
