@@ -8,6 +8,7 @@ runs layer l for the one patched token, then the tail through the layers behind 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ SOFTMAX_ELEMENTS = 1 << 22
 """Logits whose log-sum-exp is taken at once."""
 HELD_BYTES = 1 << 30
 """Un-patched tails that stay on a GPU; beyond it they wait on the CPU."""
-CHECKED = 4
+CHECKED = 2
 """Prompts on which an engine first proves that it resumes this model exactly."""
 
 
@@ -143,7 +144,7 @@ class Patcher:
 
     @cached_property
     def reason(self) -> str | None:
-        """On a few prompts, the longest among them, the first and the last layer are patched in the way of all others, two sites in one batch, and must
+        """On the shortest and the longest prompt, the first and the last layer are patched in the way of all others, two sites in one batch, and must
         give what a pass of the whole model gives under the same patch."""
         by_length = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         some = sorted({by_length[i * (len(by_length) - 1) // (CHECKED - 1)] for i in range(CHECKED)})
@@ -183,7 +184,8 @@ class Patcher:
         for bucket in self._buckets:
             start = 0
             while start < len(patches):
-                n = min(self._fitting(bucket), len(patches) - start)
+                left = len(patches) - start
+                n = math.ceil(left / math.ceil(left / self._fitting(bucket)))  # passes of one size
                 try:
                     found = self._resume(bucket, patches[0][0].layer, n, patches[start : start + n])
                 except torch.OutOfMemoryError:

@@ -100,9 +100,9 @@ def test_every_control_of_the_vector_is_drawn(run):
 
 def test_every_variant_of_the_vector_stands_beside_its_controls(run):
     v = json.loads((run / "vector.json").read_text())
-    assert [(x["kind"], x["scope"]) for x in v["variants"]] == [
-        (k, s) for s in ("last_prompt", "all") for k in ("raw", "difference", "fitted")
-    ]
+    attack = json.loads((run / "selection.json").read_text())["rows"][0]["asr"]["value"] >= 0.5
+    scopes = ("last_prompt", "all") if attack else ("last_prompt",)  # without an attack every vector "suppresses" at once
+    assert [(x["kind"], x["scope"]) for x in v["variants"]] == [(k, s) for s in scopes for k in ("raw", "difference", "fitted")]
     assert {x: v[x] for x in v["variants"][0]} == v["variants"][0]
     for x in v["variants"]:
         assert {len(drawn) for drawn in x["controls"].values()} == {2}
