@@ -33,6 +33,7 @@ class _Call:
     offset: int = 0
     width: int = 0
     masks: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     fired: dict[Condition, Tensor] = field(default_factory=dict)
 
     def before_body(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,7 +45,7 @@ class _Call:
         past = kwargs.get("past_key_values")
         self.offset = int(past.get_seq_length()) if past is not None else 0
         self.width = ids.shape[1]
-        self.masks = {}
+        self.masks, self.counts = {}, {}
         if self.given is not None:
             self.where = self.given.repeated(ids.shape[0])
         elif self.offset == 0:  # a bare forward pass of the user's is a prompt of its own
@@ -69,6 +70,7 @@ class _Call:
         if scope not in self.masks:
             assert self.where is not None
             self.masks[scope] = self.where.select(scope, self.offset, self.width)
+            self.counts[scope] = int(self.masks[scope].sum())
         return self.masks[scope]
 
 
@@ -133,7 +135,7 @@ def edited(
         changed: Tensor | None = None
         for i in indices:
             edit, mask = edits[i], call.mask(edits[i].scope)
-            n = int(mask.sum())
+            n = call.counts[edits[i].scope]
             if n == 0:
                 continue
             hits[i] += n
