@@ -290,7 +290,7 @@ def main():
     parser.add_argument("--shape", default="mini", help="mini, gpt2-small, llama-7b or a model folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=60)
     parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
