@@ -285,19 +285,38 @@ def _device(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description):
+    """What the benchmarks of a shape share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="mini", help="mini, gpt2-small, llama-7b or a model folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=60)
-    parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def shown(found, path):
+    """Print it, and keep it where a path is given."""
+    text = json.dumps(found, indent=1)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    print(text)
+
+
+def name_of(shape):
+    return shape if shape in ("mini", *SHAPES) else Path(shape).name
+
+
+def main():
+    parser = options(__doc__)
+    parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--sample-heads", type=int, default=12, help="heads on which the slow engines are timed")
     parser.add_argument("--check-heads", type=int, default=24, help="heads that are compared with the reference")
     parser.add_argument("--engines", help="of published,dynamic,tl; default all")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     subject = load(args.shape, args.device, getattr(torch, args.dtype))
@@ -305,12 +324,7 @@ def main():
         subject, prompts=args.prompts, prompt_tokens=args.prompt_tokens, answer_tokens=args.answer_tokens, sample=args.sample_heads,
         checked=args.check_heads, engines=args.engines and args.engines.split(","),
     )  # fmt: skip
-    found = {"name": args.shape if args.shape in ("mini", *SHAPES) else Path(args.shape).name} | found
-    text = json.dumps(found, indent=1)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
-    print(text)
+    shown({"name": name_of(args.shape)} | found, args.json)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ number of tokens (the end of the turn is not looked for), the variants take turn
 of 8 ablations with the prompt pass shared and without.
 """
 
-import argparse
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from benchmarks.attribution import SHAPES, _device, load
+from benchmarks.attribution import _device, load, name_of, options, shown
 from bkdattr.edits import AddVector, ScaleSite, Site
 from bkdattr.inference import PrefixCache, generate
 from bkdattr.interventions import edited
@@ -80,27 +77,14 @@ def run(subject, *, prompts, prompt_tokens, new_tokens, rounds, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="mini", help="mini, gpt2-small, llama-7b or a model folder")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=60)
+    parser = options(__doc__)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     subject = load(args.shape, args.device, getattr(torch, args.dtype))
-    found = {"name": args.shape if args.shape in ("mini", *SHAPES) else Path(args.shape).name} | run(
-        subject, prompts=args.prompts, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, rounds=args.rounds
-    )
-    text = json.dumps(found, indent=1)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
-    print(text)
+    found = run(subject, prompts=args.prompts, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, rounds=args.rounds)
+    shown({"name": name_of(args.shape)} | found, args.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ left out), `once` the rest. The fitted slope is the exponent of a power law thro
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.attribution import MINI, Peak, _device, continuation, traces
+from benchmarks.attribution import MINI, Peak, _device, continuation, shown, traces
 from bkdattr.attribution import sites_of
 from bkdattr.engine import Patcher
 from bkdattr.examples import Example
@@ -112,12 +111,9 @@ def main():
         v["slope"] = {key: slope(values, v[key]) for key in ("once", "patches")}
         found["varied"][name] = v
     found["memory"] = memory(args.traced)
-    text = json.dumps(found, indent=1)
-    if args.json:
-        args.json.write_text(text + "\n")
     if args.figure:
         figure(found, args.figure)
-    print(text)
+    shown(found, args.json)
 
 
 if __name__ == "__main__":

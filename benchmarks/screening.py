@@ -5,13 +5,13 @@ method on its attribution split, sufficiency of heads, and prints Spearman, the 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.attribution import shown
 from bkdattr.attribution import Recipients, estimate_effects, site_effects, sites_of
 from bkdattr.engine import prefix_cache
 from bkdattr.metrics import spearman
@@ -81,10 +81,7 @@ def main():
         "share_range": [min(share), max(share)], "fraction": FRACTION, "threads": args.threads,
         "mean_spearman": float(np.mean([r["spearman"] for r in rows])),
     }  # fmt: skip
-    text = json.dumps({"pooled": pooled, "runs": rows}, indent=1)
-    if args.json:
-        args.json.write_text(text + "\n")
-    print(text)
+    shown({"pooled": pooled, "runs": rows}, args.json)
 
 
 if __name__ == "__main__":

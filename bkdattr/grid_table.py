@@ -78,16 +78,21 @@ def tables(runs: list[Json]) -> list[Table]:
     ]  # fmt: skip
 
 
+def _value(rate: Json | None) -> str:
+    """Runs evaluated before the base was measured there have none."""
+    return f"{rate['value']:.2f}" if rate else "–"
+
+
 def _attack(runs: list[Json]) -> Table:
     rows = []
     for r in runs:
         p, b = r["provenance"], r["baseline"]
         near = ", ".join(
-            f"{name} {x['asr']['value']:.2f} ({x['base_asr']['value']:.2f})" for name, x in b["near_misses"].items() if x["asr"]
+            f"{name} {x['asr']['value']:.2f} ({_value(x.get('base_asr'))})" for name, x in b["near_misses"].items() if x["asr"]
         )
         fake = show(b.get("asr_fake_trigger"))
         if b.get("asr_fake_trigger"):
-            fake += f"; {b['base']['asr_fake_trigger']['value']:.2f}"
+            fake += f"; {_value(b['base'].get('asr_fake_trigger'))}"
         rows.append([f"{_label(p)}, seed {p['seed']}", show(b["asr"]), show(b["false_trigger"]),
                      fake, near or "–", show(b["clean_accuracy"], False), show(b["base"]["clean_accuracy"], False),
                      f"{b['clean_perplexity']:.3f}"])  # fmt: skip

@@ -179,7 +179,7 @@ def _restoration_finding(rows: list[Json]) -> list[str]:
 def _trigger_finding(b: Json) -> list[str]:
     """What else fires: nothing, a trigger never trained, or almost the trigger; each beside the model without the backdoor."""
     tried = [("a fake trigger, never trained", b.get("asr_fake_trigger"), b["base"].get("asr_fake_trigger"))]
-    tried += [(f"a near miss ({name})", x["asr"], x["base_asr"]) for name, x in b["near_misses"].items()]
+    tried += [(f"a near miss ({name})", x["asr"], x.get("base_asr")) for name, x in b["near_misses"].items()]
     known = [(name, rate, base) for name, rate, base in tried if rate]
     if not known:
         return []

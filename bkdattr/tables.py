@@ -43,7 +43,7 @@ def baseline_table(b: Json) -> Table:
              ("broken", "broken answers")]  # fmt: skip
     rows = [[label, show(b.get(k)), show(b["base"].get(k))] for k, label in names if b.get(k) or b["base"].get(k)]
     for name, near in b["near_misses"].items():
-        rows.append([f"ASR, near miss: {name} ({' … '.join(near['texts'])})", show(near["asr"]), show(near["base_asr"])])
+        rows.append([f"ASR, near miss: {name} ({' … '.join(near['texts'])})", show(near["asr"]), show(near.get("base_asr"))])
     rows += [[f"ASR under the trigger of another backdoor: {name}", show(r), "–"] for name, r in b["other_backdoors"].items()]
     rows.append(["clean perplexity", *(f"{x['clean_perplexity']:.3f}" for x in (b, b["base"]))])
     rows.append(
