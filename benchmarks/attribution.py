@@ -4,18 +4,21 @@ published   the procedure as released: every prompt padded to 256 tokens, one fo
 dynamic     the same, padded to the longest prompt of the batch
 tl          TransformerLens activation patching on a merged copy (`hook_z`), padded to the longest
 exact       ours: resumed at the patched layer, prefixes once, all heads of a layer in one batch
-hybrid      ours: screened by gradient, the best 15 % and a random sample patched exactly
+nnsight     the same by an nnsight 0.8 trace per head, where it is installed (it is no dependency)
+hybrid      ours: screened by gradient, the best of them and a random sample patched exactly
 gradient    ours: attribution patching
 
 Slow engines are timed on some heads, spread evenly over the layers, and scaled to all; the output says on how many. Prompts are random
 tokens, the scored answer is the model's own greedy continuation (GPT-2 small's random weights are drawn wide, or every token would have
-a probability of about nothing). The first three compute the logits of every position, as the released procedure does; the log-softmax is
+a probability of about nothing). The first four compute the logits of every position, as the released procedure does; the log-softmax is
 taken at the answer alone in all of them. `max_abs_diff_logp` and `max_rel_diff_acie` (of the largest ACIE) compare exact with whole passes of one
 prompt at a time without padding or cache, `engine_differs_from_exact_by` the slow engines with exact. On a CPU `peak_bytes` is the growth of
-resident memory, which is less for what runs later in the process.
+resident memory, which is less for what runs later in the process. `self_check_seconds` is what exact spends once per model and prompt lengths
+to prove that it can be resumed; it is not in its seconds.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import threading
@@ -151,6 +154,31 @@ class Lens(Slow):
         return mean_logp(self.bridge.run_with_hooks(self.ids, attention_mask=self.mask, fwd_hooks=hooks), self.last, self.answers)
 
 
+class Sight(Slow):
+    """The same through nnsight, which wraps the model as it is."""
+
+    def __init__(self, subject, prompts, answers):
+        from nnsight import NNsight
+
+        super().__init__(subject, prompts, answers)
+        row = subject.architecture
+        self.path, self.model = f"{row.layers}.{{}}.{row.out_proj}", NNsight(subject.causal_lm)
+
+    @torch.no_grad()
+    def __call__(self, site, value):
+        d, rows, last = self.subject.geometry.d_head, list(range(len(self.last))), self.last
+        proj = self.model
+        for name in self.path.format(site.layer).split("."):
+            proj = proj[int(name)] if name.isdigit() else getattr(proj, name)
+        with self.model.trace(input_ids=self.ids, attention_mask=self.mask, use_cache=False):
+            z = proj.input.clone()
+            z[rows, last, site.head * d : (site.head + 1) * d] = value.to(z)
+            proj.input = z
+            logits = self.model.output.logits.save()
+        self.tokens += self.ids.numel()
+        return mean_logp(logits, self.last, self.answers)
+
+
 class Peak:
     """Highest resident memory (CPU, sampled) or allocated memory (CUDA) above that at the start, in bytes."""
 
@@ -235,6 +263,7 @@ def run(subject, *, prompts, prompt_tokens, answer_tokens, sample, checked, seed
         best, rest = screen(estimate(prefix), FRACTION, seed)
         return patch([*best, *rest], prefix)
 
+    _, out["self_check_seconds"], _ = timed(device, lambda: Patcher(subject, taken, answers, batch_size=prompts).reason)
     patch(heads[-2:])  # warm, as the slow engines are
     (patcher, exact), seconds, peak = timed(device, lambda: patch(heads))
     note("exact", seconds, patcher.tokens, peak, len(heads))
@@ -249,6 +278,8 @@ def run(subject, *, prompts, prompt_tokens, answer_tokens, sample, checked, seed
         "dynamic": lambda: Slow(subject, taken, answers),
         "tl": lambda: Lens(subject, taken, answers),
     }
+    if importlib.util.find_spec("nnsight"):
+        builders["nnsight"] = lambda: Sight(subject, taken, answers)
     off = {}
     for name, build in builders.items():
         if engines and name not in engines:
@@ -261,7 +292,7 @@ def run(subject, *, prompts, prompt_tokens, answer_tokens, sample, checked, seed
         off[name] = max(float((logp[s] - exact[s]).abs().max()) for s in some)
         del slow
     e = out["engines"]
-    out["ratio"] = {f"{a}_over_exact": e[a]["seconds"] / e["exact"]["seconds"] for a in ("published", "dynamic", "tl") if a in e}
+    out["ratio"] = {f"{a}_over_exact": e[a]["seconds"] / e["exact"]["seconds"] for a in builders if a in e}
     out["ratio"] |= {f"exact_over_{b}": e["exact"]["seconds"] / e[b]["seconds"] for b in ("gradient", "hybrid")}
     out["engine_differs_from_exact_by"] = off
     reference = [s for s in heads[:: max(1, len(heads) // checked)]][:checked]
@@ -316,7 +347,7 @@ def main():
     parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--sample-heads", type=int, default=12, help="heads on which the slow engines are timed")
     parser.add_argument("--check-heads", type=int, default=24, help="heads that are compared with the reference")
-    parser.add_argument("--engines", help="of published,dynamic,tl; default all")
+    parser.add_argument("--engines", help="of published,dynamic,tl,nnsight; default all there are")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     subject = load(args.shape, args.device, getattr(torch, args.dtype))

@@ -143,7 +143,7 @@ def attribute(
     method: Annotated[
         str, typer.Option(help="exact; gradient (first-order estimates); hybrid (those, and the best heads patched exactly).")
     ] = "exact",
-    fraction: Annotated[float, typer.Option(help="Share of the heads that hybrid patches.")] = 0.15,
+    fraction: Annotated[float, typer.Option(help="Share of the heads that hybrid patches.")] = 0.12,
     force: Force = False,
 ) -> None:
     """BAHA: the causal effect of every attention head on the backdoor response. Interrupted, it goes on where it was."""

@@ -7,24 +7,25 @@ runs layer l for the one patched token, then the tail through the layers behind 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from bkdattr.chat import Batch, make_batch
 from bkdattr.edits import SetSite, Site, Where
 from bkdattr.errors import BkdattrError
 from bkdattr.inference import PrefixCache, forward, response_logprob
-from bkdattr.interventions import Residuals, capture, edited, only_layers, residuals
+from bkdattr.interventions import Residuals, body_of, capture, edited, only_layers, residuals
 from bkdattr.model import Subject
+from bkdattr.prefix_attention import lend, shared_attention
 
 Patch = tuple[Site, Float[Tensor, " width"]]
 CPU_TOKENS = 1024
@@ -35,36 +36,10 @@ HELD_BYTES = 1 << 30
 """Un-patched tails that stay on a GPU; beyond it they wait on the CPU."""
 CHECKED = 2
 """Prompts on which an engine first proves that it resumes this model exactly."""
-
-
-def _lend(cache: Any, times: int) -> Any:
-    """A prefix for passes of `times` copies of its rows: a layer repeats its keys and values when asked and keeps nothing."""
-    if cache is None:
-        return None
-
-    def lent(layer: Any) -> Any:
-        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if (
-                type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
-            ):  # repeated and joined in one copy
-                return tuple(_joined(old, new, times) for old, new in ((layer.keys, keys), (layer.values, values)))
-            whole = copy.copy(layer)
-            whole.keys, whole.values = (x.repeat(times, 1, 1, 1) for x in (layer.keys, layer.values))
-            return whole.update(keys, values, *args, **kwargs)
-
-        out = copy.copy(layer)  # its own class, which some caches and masks look at
-        out.update = update
-        return out
-
-    out = copy.copy(cache)
-    out.layers = [lent(layer) for layer in cache.layers]
-    return out
-
-
-def _joined(prefix: Tensor, tail: Tensor, times: int) -> Tensor:
-    """[row, head, pos, d] of a prefix, `times` over, with the tails behind."""
-    own = tail.view(times, -1, *tail.shape[1:])
-    return torch.cat([prefix.expand(times, *prefix.shape), own], -2).flatten(0, 1)
+MODES = (True, False)
+"""Whether patches share their prompt's keys and values or repeat them, in the order tried."""
+_PROVED: WeakKeyDictionary[Any, dict[Any, tuple[bool, str | None]]] = WeakKeyDictionary()
+"""What was found of a model, by adapter state, dtype, device and the lengths of the two prompts: a model proves itself once."""
 
 
 def _times(batch: Batch, times: int, width: int | None = None) -> Batch:
@@ -102,7 +77,8 @@ class Patcher:
     """Mean log p of each prompt's response under patches at the last prompt token, one patch at a time.
 
     `base` is the un-patched mean log p (nats per token) in the order of the prompts. `reason` is None, or says why this model
-    cannot be resumed; then every patch is a pass through all layers, as exact and slower. `batch_size` prompts go through the model
+    cannot be resumed; then every patch is a pass through all layers, as exact and slower. `shared` says whether the prompts' keys and values
+    are read by all patches at once (the cost of a patch then hardly grows with the prompt) or repeated for each. `batch_size` prompts go through the model
     together; how many sites go with them, and how many prefixes are kept, follows from the memory that is free. `prefix` shares prefixes with what was run before.
     """
 
@@ -121,6 +97,7 @@ class Patcher:
             )
         self.subject, self.prompts, self.responses, self.batch_size = subject, prompts, responses, batch_size
         self._tokens, self._held, self._share = 0, 0, 1.0
+        self.shared = True
         self._prefix = prefix or prefix_cache(subject)
         subject.check_eval()
 
@@ -145,18 +122,33 @@ class Patcher:
     @cached_property
     def reason(self) -> str | None:
         """On the shortest and the longest prompt, the first and the last layer are patched in the way of all others, two sites in one batch, and must
-        give what a pass of the whole model gives under the same patch."""
+        give what a pass of the whole model gives under the same patch. Found once per model, adapter state and prompt lengths."""
         by_length = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         some = sorted({by_length[i * (len(by_length) - 1) // (CHECKED - 1)] for i in range(CHECKED)})
+        first = next(self.subject.causal_lm.parameters())
+        done = _PROVED.setdefault(self.subject.causal_lm, {})
+        key = (self.subject.fingerprint, first.dtype, first.device, *(len(self.prompts[i]) for i in some))
+        if key not in done:
+            for self.shared in MODES:
+                why = self._check(some)
+                if why is None:
+                    break
+            done[key] = (self.shared, why)
+        self.shared, why = done[key]
+        kind = self.subject.causal_lm.config.model_type
+        return None if why is None else f"{kind} is not resumed ({why}); every patch runs the whole model"
+
+    def _check(self, some: list[int]) -> str | None:
         ids, answers = [self.prompts[i] for i in some], [self.responses[i] for i in some]
         plain = response_logprob(self.subject, ids, answers, batch_size=CHECKED).mean
-        g, why = self.subject.geometry, None
+        g = self.subject.geometry
         allowed = 1e-3 if next(self.subject.causal_lm.parameters()).dtype in (torch.float32, torch.float64) else 0.1
         try:
             bucket = self._bucket(some)
             off = float((bucket.base - plain).abs().max())
-            why = None if off <= allowed else f"in two parts, prefix and tail, the mean log p differs by {off:.2g} nats per token"
-            for layer in sorted({0, g.n_layers - 1}) if why is None else ():
+            if not off <= allowed:
+                return f"in two parts, prefix and tail, the mean log p differs by {off:.2g} nats per token"
+            for layer in sorted({0, g.n_layers - 1}):
                 patches = [(Site(layer, "head", head), torch.zeros(g.d_head)) for head in sorted({0, g.n_heads - 1})]
                 whole = [
                     response_logprob(self.subject, ids, answers, [SetSite(*p)], batch_size=CHECKED, prefix=self._prefix).mean
@@ -165,14 +157,12 @@ class Patcher:
                 found = self._resume(bucket, layer, len(patches), patches).view(len(patches), -1)
                 off = float((found - torch.stack(whole)).abs().max())
                 if not off <= allowed:
-                    why = f"resumed behind layer {layer} the mean log p differs by {off:.2g} nats per token"
-                    break
+                    return f"resumed behind layer {layer} the mean log p differs by {off:.2g} nats per token"
         except (torch.OutOfMemoryError, BkdattrError):
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
-            why = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-        kind = self.subject.causal_lm.config.model_type
-        return None if why is None else f"{kind} is not resumed ({why}); every patch runs the whole model"
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        return None
 
     def patched(self, patches: Sequence[Patch]) -> Float[Tensor, "patch prompt"]:
         """Mean log p under each patch alone; all patches in one layer."""
@@ -228,9 +218,10 @@ class Patcher:
         return _Bucket(rows, key, prompts, whole, targets, mask, tail, z, base)
 
     def _forward(self, batch: Batch, past: Any, times: int, **kwargs: Any) -> Tensor:
-        lent = _lend(past, times)
+        lent = lend(past, times, shared=self.shared)
         self._tokens += batch.input_ids.shape[0] * (batch.input_ids.shape[1] - (0 if past is None else past.get_seq_length()))
-        return forward(self.subject, batch, lent, use_cache=lent is not None, **kwargs)[0]
+        with shared_attention(body_of(self.subject)) if self.shared else nullcontext():
+            return forward(self.subject, batch, lent, use_cache=lent is not None, **kwargs)[0]
 
     @torch.no_grad()
     def _resume(self, bucket: _Bucket, layer: int, times: int, patches: Sequence[Patch]) -> Float[Tensor, " row"]:
@@ -273,8 +264,10 @@ class Patcher:
         n_tail, width = bucket.n_tail, bucket.whole.input_ids.shape[1]
         vocab = int(getattr(config, "vocab_size", 0))
         logits = n_tail * vocab * (size + 8)
-        keys = 4 * width * g.n_heads * g.d_head * size  # grouped keys are spread over all heads by some kernels
-        inner = n_tail * g.d_model * 24 * size + n_tail * width * g.n_heads * 4
+        keys = (
+            0 if self.shared else 4 * width * g.n_heads * g.d_head * size
+        )  # grouped keys are spread over all heads by some kernels
+        inner = n_tail * g.d_model * 24 * size + n_tail * width * g.n_heads * 12  # scores, their softmax in fp32, and a copy
         row = 1.5 * (logits + keys + inner) * len(bucket.rows)
         limit = self._share * _free_bytes(self.subject.device) / row
         if self.subject.device.type == "cpu":

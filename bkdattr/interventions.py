@@ -33,6 +33,7 @@ class _Call:
     offset: int = 0
     width: int = 0
     masks: dict[str, Tensor] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     fired: dict[Condition, Tensor] = field(default_factory=dict)
 
@@ -45,7 +46,7 @@ class _Call:
         past = kwargs.get("past_key_values")
         self.offset = int(past.get_seq_length()) if past is not None else 0
         self.width = ids.shape[1]
-        self.masks, self.counts = {}, {}
+        self.masks, self.counts, self.spans = {}, {}, {}
         if self.given is not None:
             self.where = self.given.repeated(ids.shape[0])
         elif self.offset == 0:  # a bare forward pass of the user's is a prompt of its own
@@ -71,6 +72,8 @@ class _Call:
             assert self.where is not None
             self.masks[scope] = self.where.select(scope, self.offset, self.width)
             self.counts[scope] = int(self.masks[scope].sum())
+            columns = self.masks[scope].any(0).nonzero()[:, 0]
+            self.spans[scope] = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
         return self.masks[scope]
 
 
@@ -141,13 +144,16 @@ def edited(
             hits[i] += n
             if edit.when is not None:
                 mask = mask & call.fired[edit.when][:, None]
-            chosen = mask.to(x.device)[..., None]
+            first, end = call.spans[edits[i].scope]  # columns outside are left alone
+            chosen = mask[:, first:end].to(x.device)[..., None]
             if edit.site.head is None:
                 whole = (x if changed is None else changed).view(*mask.shape, -1)  # OPT hands its MLP [batch * pos, d_model]
-                changed = torch.where(chosen, edit.apply(whole), whole)
+                part = whole[:, first:end]
+                part = torch.where(chosen, edit.apply(part), part)
+                changed = part if end - first == call.width else torch.cat([whole[:, :first], part, whole[:, end:]], 1)
             else:
                 changed = x.clone() if changed is None else changed
-                part = changed.view(*mask.shape, geometry.n_heads, -1)[:, :, edit.site.head]
+                part = changed.view(*mask.shape, geometry.n_heads, -1)[:, first:end, edit.site.head]
                 part.copy_(torch.where(chosen, edit.apply(part), part))
         return None if changed is None else changed.view(x.shape)
 

@@ -14,8 +14,9 @@ from bkdattr.errors import BkdattrError
 from bkdattr.metrics import spearman
 
 METHODS = ("exact", "gradient", "hybrid")
-FRACTION = 0.15
-"""Share of the sites that the hybrid verifies exactly, those of largest estimate first."""
+FRACTION = 0.12
+"""Share of the sites that the hybrid verifies exactly, those of largest estimate first. The smallest one whose recall of the exact top 3 % no
+share up to 0.20 betters on the runs of the nine attacks (79 of 81 heads; `benchmarks.screening --runs '*-[0-9]'`)."""
 SAMPLE = 0.05
 """Share of the sites that it verifies besides, drawn at random from the rest, to measure what screening may have missed."""
 Effects = Mapping[Site, Float[Tensor, " prompt"]]

@@ -16,8 +16,16 @@ from bkdattr.engine import Patcher
 from bkdattr.errors import BkdattrError
 from bkdattr.gradient import gradient_effects
 from bkdattr.inference import PrefixCache, generate, response_logprob
+from bkdattr.prefix_attention import _attention
 from bkdattr.screening import agreement, screen
 from bkdattr.traces import trace_prompts
+
+
+@pytest.fixture(autouse=True)
+def unproved():
+    """Models are shared between tests; what one test found of a model is not the next one's."""
+    engine._PROVED.clear()
+
 
 TEXTS = ("what is it ?", "the cat sees a red bird .", "no .", "the old dog finds the new river stone .", "a fish says no !")
 
@@ -41,6 +49,7 @@ def test_every_family_is_resumed_and_gives_the_numbers_of_whole_passes(family, k
     prompts, answers = scored(subject)
     patcher = Patcher(subject, prompts, answers, batch_size=3)
     assert patcher.reason is None
+    assert patcher.shared == (family not in ("gptj", "bloom"))  # these two do not call their attention through the registry
     plain = response_logprob(subject, prompts, answers).mean
     torch.testing.assert_close(patcher.base, plain, atol=1e-5, rtol=1e-5)
     moved = 0.0
@@ -64,9 +73,10 @@ def test_every_family_is_resumed_and_gives_the_numbers_of_whole_passes(family, k
     batch_size=st.integers(1, 4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     window=st.sampled_from([2, 4, 64]),
+    kind=st.sampled_from(["head", "attention", "mlp"]),
     seed=st.integers(0, 99),
 )
-def test_any_geometry_length_and_batch(family, layers, lengths, answers, batch_size, dtype, window, seed):
+def test_any_geometry_length_and_batch(family, layers, lengths, answers, batch_size, dtype, window, kind, seed):
     over = {"num_hidden_layers": layers} if family != "gpt2" else {"n_layer": layers}
     if family in ("gemma2", "mistral"):
         over["sliding_window"] = window
@@ -77,7 +87,7 @@ def test_any_geometry_length_and_batch(family, layers, lengths, answers, batch_s
     responses = [rng.integers(6, 40, size=n).tolist() for n in answers[: len(prompts)]]
     patcher = Patcher(subject, prompts, responses, batch_size=batch_size)
     layer = int(rng.integers(layers))
-    patches = [(s, value_for(subject, s, i)) for i, s in enumerate(sites_of(subject.geometry, "head")) if s.layer == layer]
+    patches = [(s, value_for(subject, s, i)) for i, s in enumerate(sites_of(subject.geometry, kind)) if s.layer == layer]
     found = patcher.patched(patches)
     assert patcher.reason is None
     near = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.06}
@@ -113,11 +123,59 @@ def test_a_model_that_cannot_be_resumed_is_run_whole_and_says_why(llama, monkeyp
     expected = right.patched([patch])
     plain = Patcher._resume
     monkeypatch.setattr(Patcher, "_resume", lambda *a: plain(*a) + 0.5)
+    engine._PROVED.clear()
     patcher = Patcher(llama, prompts, answers)
     assert patcher.reason.startswith("llama is not resumed (resumed behind layer 0 the mean log p differs by 0.5")
     found = patcher.patched([patch])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(patcher.base, right.base, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lent_prefix_gives_what_its_copies_give(any_subject, monkeypatch):
+    """Attention over one prefix for all copies, against keys and values repeated for every copy; the model's own attention stays."""
+    subject = any_subject
+    prompts, answers = scored(subject)
+    patches = [(s, value_for(subject, s, i)) for i, s in enumerate(sites_of(subject.geometry, "head")) if s.layer == 0]
+    kind = subject.causal_lm.config._attn_implementation
+    one = Patcher(subject, prompts, answers, batch_size=2)
+    shared = one.patched(patches)
+    monkeypatch.setattr(engine, "MODES", (False,))
+    engine._PROVED.clear()
+    copied = Patcher(subject, prompts, answers, batch_size=2)
+    torch.testing.assert_close(copied.patched(patches), shared, atol=2e-5, rtol=2e-5)
+    assert copied.reason is None and not copied.shared
+    assert subject.causal_lm.config._attn_implementation == kind
+
+
+def test_a_model_proves_itself_once_per_adapter_state_and_lengths(monkeypatch):
+    subject = make_subject("llama")
+    prompts, answers = scored(subject)
+    plain, seen = Patcher._check, []
+    monkeypatch.setattr(Patcher, "_check", lambda self, some: [seen.append(some), plain(self, some)][1])
+    for n in (len(prompts), len(prompts), 1):
+        assert Patcher(subject, prompts[:n], answers[:n]).reason is None
+    assert len(seen) == 2
+    with subject.adapter_off():
+        assert Patcher(subject, prompts, answers).reason is None
+    assert len(seen) == 3
+
+
+def test_attention_over_a_lent_prefix_is_the_softmax_written_out():
+    """Two rows, three copies each, grouped heads, a mask and a soft cap."""
+    torch.manual_seed(0)
+    n, c, kv, g, t, p, d = 2, 3, 2, 2, 3, 5, 4
+    query = torch.randn(c * n, kv * g, t, d)
+    key, value = torch.randn(2, c * n, kv, t, d)
+    far = torch.randn(2, n, kv, p, d)
+    mask = torch.where(torch.rand(c * n, 1, t, p + t) < 0.3, -1e9, 0.0)
+    mask[..., 0] = 0
+    key._prefix = tuple(far)
+    found, _ = _attention(None, query, key, value, mask, scaling=0.7, softcap=2.0)
+    for b in range(c * n):
+        for h in range(kv * g):
+            k, v = (torch.cat([x[b % n, h // g], y[b, h // g]]) for x, y in zip(far, (key, value), strict=True))
+            scores = torch.tanh(query[b, h] @ k.T * 0.7 / 2) * 2 + mask[b, 0]
+            torch.testing.assert_close(found[b, :, h], scores.softmax(-1) @ v, atol=1e-5, rtol=1e-5)
 
 
 def test_a_fallback_is_told_to_the_caller(llama, monkeypatch):
@@ -132,6 +190,7 @@ def test_a_fallback_is_told_to_the_caller(llama, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    engine._PROVED.clear()
     monkeypatch.setattr(Patcher, "_resume", full)
     with pytest.raises(torch.OutOfMemoryError):  # is no property of the model
         _ = Patcher(llama, recipients.prompts, recipients.responses).reason

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
-    "inference", "engine", "traces", "lora", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run", "shards",
+    "inference", "prefix_attention", "engine", "traces", "lora", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run", "shards",
     "planting", "options", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "sweep", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
