@@ -1,7 +1,7 @@
 """The README's tables from the runs of `bkdattr reproduce`: `python -m benchmarks.readme_tables runs/grid [--readme README.md]`.
 
 `<!-- demo table -->` takes one row per poisoned run (what `bkdattr demo` shows of it), `<!-- grid table: TITLE -->` the table of
-`table.json` whose title begins so, `<!-- attribution table -->` and `<!-- screening table -->` those of `benchmarks/results`. `--copy PATH` writes the whole `table.md` there too.
+`table.json` whose title begins so, `<!-- attribution table -->` and its like (screening, scaling, generation) those of `benchmarks/results`. `--copy PATH` writes the whole `table.md` there too.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def grid_table(folder, title):
 
 def attribution_table():
     """One row per shape, from `benchmarks/results/attribution-*.json`."""
-    columns = ["shape", "heads, prompts (tokens)", "exact", "published / exact", "dynamic padding / exact", "TransformerLens / exact",
+    columns = ["shape", "heads, prompts (tokens)", "exact", "published / exact", "dynamic padding / exact", "TransformerLens / exact", "nnsight / exact",
                "exact / hybrid", "exact / gradient", "largest difference of log p (of ACIE, relative)"]  # fmt: skip
     rows = []
     for path in sorted(RESULTS.glob("attribution-*.json")):
@@ -91,7 +91,7 @@ def attribution_table():
         rows.append([
             f"{r['name']}, {r['dtype'].removeprefix('torch.')}, {r['device']}", f"{r['shape']['heads']}, {r['prompts']} ({r['prompt_tokens']} + {r['answer_tokens']})",
             f"{r['engines']['exact']['seconds']:.1f} s",
-            *(f"{q[k]:.1f}" if k in q else "–" for k in ("published_over_exact", "dynamic_over_exact", "tl_over_exact", "exact_over_hybrid", "exact_over_gradient")),
+            *(f"{q[k]:.1f}" if k in q else "–" for k in ("published_over_exact", "dynamic_over_exact", "tl_over_exact", "nnsight_over_exact", "exact_over_hybrid", "exact_over_gradient")),
             f"{r['max_abs_diff_logp']:.0e} ({r['max_rel_diff_acie']:.0e})",
         ])  # fmt: skip
     return written([columns, ["---"] * len(columns), *rows])
@@ -113,9 +113,10 @@ def screening_table():
          f"{r['seconds']['hybrid'] / r['seconds']['exact']:.2f}"] for r in found["runs"]
     ]  # fmt: skip
     p = found["pooled"]
+    same = [r["same_top_k_as_reference"] for r in found["runs"] if "same_top_k_as_reference" in r]
     rows.append(
         [
-            "all",
+            f"all; exact's top 3 % is that of whole passes in {sum(same)} of {len(same)} runs",
             f"{p['mean_spearman']:.3f} (mean)",
             "",
             p["gradient_recall"],
@@ -126,7 +127,37 @@ def screening_table():
     return written([columns, ["---"] * len(columns), *rows])
 
 
-MARKED = re.compile(r"(<!-- (demo|grid|attribution|screening) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S)
+def scaling_table():
+    """From `benchmarks/results/scaling.json`."""
+    found = json.loads((RESULTS / "scaling.json").read_text())
+    columns = ["varied", "at", "all heads' patches, s", "fitted power", "once, s", "fitted power"]
+    rows = [
+        [name.replace("_", " "), ", ".join(map(str, v["at"]))]
+        + [c for key in ("patches", "once") for c in (", ".join(f"{x:.2f}" for x in v[key]), f"{v['slope'][key]:.2f}")]
+        for name, v in found["varied"].items()
+    ]
+    m = found["memory"]
+    kept, peak = (f"{m[k] / 1e9:.3f} GB" for k in ("kept_bytes", "peak_growth_bytes"))
+    note = f"Tracing z of {m['prompts']} prompts at Llama-2-7B's geometry (fp32): {m['computed_bytes'] / 1e9:.3f} GB computed, {kept} kept, {peak} at the peak."
+    return written([columns, ["---"] * len(columns), *rows]) + "\n\n" + note
+
+
+def generation_table():
+    """From `benchmarks/results/generation-mini.json`."""
+    found = json.loads((RESULTS / "generation-mini.json").read_text())
+    columns = ["generation", "tokens per second", "of plain"]
+    rows = [
+        [name, f"{speed:.0f}", f"{found['of_plain'][name]:.3f}" if name in found["of_plain"] else "1"]
+        for name, speed in found["tokens_per_second"].items()
+        if not name.startswith("hf")
+    ]
+    rows.append(["transformers' `generate`", f"{found['tokens_per_second']['hf']:.0f}", f"{1 / found['plain_of_hf']:.3f}"])
+    return written([columns, ["---"] * len(columns), *rows])
+
+
+MARKED = re.compile(
+    r"(<!-- (demo|grid|attribution|screening|scaling|generation) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S
+)
 
 
 def filled(page, folder):
@@ -135,7 +166,7 @@ def filled(page, folder):
         if folder is None and kind in ("demo", "grid"):
             return m[0]
         table = {"demo": lambda: demo_table(folder), "grid": lambda: grid_table(folder, m[3]), "attribution": attribution_table,
-                 "screening": screening_table}[kind]()  # fmt: skip
+                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table}[kind]()  # fmt: skip
         return m[1] + table + "\n" + m[4]
 
     page, n = MARKED.subn(make, page)
