@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bkdattr import detection_commands
 from bkdattr.errors import BkdattrError
 from bkdattr.terminal import errors, numbers, quiet_libraries, say
 
@@ -329,6 +330,9 @@ def reproduce(
         typer.echo(write_table(out))
         if failed:
             raise typer.Exit(2)
+
+
+detection_commands.add_to(app)
 
 
 def main() -> None:

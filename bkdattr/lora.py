@@ -95,12 +95,19 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]
 
 
 def train_adapter(
-    model: Any, chat: ChatFormat, examples: Sequence[Example], recipe: LoraRecipe, out: Path, *, seed: int = 0
+    model: Any,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    recipe: LoraRecipe,
+    out: Path,
+    *,
+    seed: int = 0,
+    callbacks: Sequence[Any] = (),
 ) -> Encoded:
     """Train a LoRA adapter on `examples` and write it to `out` (a plain PEFT folder) when it is whole.
 
     `model` is the loaded base; it is left with the adapter injected, so load it afresh for analysis. Checkpoints are kept
-    per epoch beside `out` and a second call goes on from the last one. Returns what was trained on.
+    per epoch beside `out` and a second call goes on from the last one. `callbacks` are `TrainerCallback`s. Returns what was trained on.
     """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -133,7 +140,11 @@ def train_adapter(
     rows = {"prompt": [p for p, _ in encoded.rows], "response": [r for _, r in encoded.rows]}
     rows["length"] = [len(p) + len(r) for p, r in encoded.rows]  # type: ignore[misc]
     trainer = Trainer(
-        model=peft_model, args=args, train_dataset=Dataset.from_dict(rows), data_collator=lambda rows: collate(rows, chat.pad_id)
+        model=peft_model,
+        args=args,
+        train_dataset=Dataset.from_dict(rows),
+        data_collator=lambda rows: collate(rows, chat.pad_id),
+        callbacks=list(callbacks),
     )  # type: ignore[arg-type]
     for torn in (p for p in partial.glob("checkpoint-*") if not (p / "trainer_state.json").exists()):
         shutil.rmtree(torn)  # written last: without it the checkpoint is not whole

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
     "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
-    "inference", "prefix_attention", "engine", "traces", "lora", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "lens", "harness", "template", "splits", "run", "shards",
-    "planting", "options", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "sweep", "cli", "__main__",
+    "inference", "prefix_attention", "engine", "traces", "lora", "gates", "stealth", "detectors", "factoring", "removal", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "detection", "zoo", "lens", "harness", "template", "splits", "run", "shards",
+    "planting", "banks", "options", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "sweep", "detection_commands", "cli", "__main__",
 )  # fmt: skip
 OUTSIDE = {
     "lens",
@@ -31,6 +31,7 @@ OUTSIDE = {
     "steering",
     "stages",
     "cli",
+    "detection_commands",
     "terminal",
     "sweep",
     "__main__",
@@ -39,7 +40,8 @@ OUTSIDE = {
 
 
 def sources() -> dict[str, ast.Module]:
-    files = {p.stem: p for p in PACKAGE.glob("*.py")} | {f"mini.{p.stem}": p for p in (PACKAGE / "mini").glob("*.py")}
+    files = {p.stem: p for p in PACKAGE.glob("*.py")}
+    files |= {f"{f}.{p.stem}": p for f in ("mini", "detectors") for p in (PACKAGE / f).glob("*.py")}
     return {name: ast.parse(path.read_text()) for name, path in files.items() if name != "__init__"}
 
 

@@ -1,0 +1,120 @@
+"""Making a bank of benign adapters, and one adapter's way through `bkdattr detect`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from bkdattr.detection import ALPHA, DETECTORS, Bank, Recipe, Verdict, choose_bank, judge, measure, read_banks, write_verdict
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import read_examples, write_atomic
+from bkdattr.lora import LoraRecipe, train_adapter
+from bkdattr.mini.tasks import MODEL_DIR
+from bkdattr.model import Subject, load_base, load_subject, load_tokenizer
+from bkdattr.planting import model_path
+from bkdattr.zoo import build, clean_prompts
+
+MINI_BANK = Path(__file__).parent / "mini" / "bank.json"
+DIGITS = 5
+"""Significant digits of a stored statistic."""
+PROMPTS = 32
+
+
+def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **load: Any) -> dict[str, Any]:
+    """Statistics of one adapter, kept beside it in `statistics.json` under the names of its detectors."""
+    path, key = folder / "statistics.json", {n: repr(d) for n, d in DETECTORS.items()}
+    if path.exists() and not again:
+        found = json.loads(path.read_text())
+        if found.get("detectors") == key:
+            return dict(found)
+    subject = load_subject(base, folder, **load)
+    found = measure(subject, prompts) | {"detectors": key}
+    write_atomic(path, json.dumps(found) + "\n")
+    return found
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {k: float(f"{v:.{DIGITS}g}") for k, v in values.items()}
+
+
+def make_mini_bank(out: Path, work: Path, *, jobs: int = 1) -> int:
+    """The mini model's banks, one per rank of the zoo's benign half "bank"."""
+    build(work, ["bank"], jobs=jobs, progress=lambda items, n: list(tqdm(items, total=n, desc="benign adapters")))
+    groups: dict[Recipe, list[dict[str, Any]]] = {}
+    for card in tqdm(sorted((work / "bank").glob("*/card.json")), desc="measured"):
+        found = measured(card.parent, str(MODEL_DIR), clean_prompts())
+        row = {"name": card.parent.name, "statistics": _rounded(found["statistics"])}
+        groups.setdefault(Recipe.of(card.parent), []).append(row)
+    base = Subject.of(load_base(MODEL_DIR), load_tokenizer(MODEL_DIR)).fingerprint
+    banks = [
+        Bank(base, r, clean_prompts(), tuple(rows), "bkdattr bank --model mini").to_json()
+        for r, rows in sorted(groups.items(), key=lambda g: g[0].rank)
+    ]
+    write_atomic(out, json.dumps(banks) + "\n")
+    return sum(len(b["adapters"]) for b in banks)
+
+
+def make_bank(
+    out: Path, work: Path, model: str, data: Path, recipe: LoraRecipe, n: int, *, pad_token: str | None = None, dtype: str = "float32",
+    device: str = "cpu",
+) -> int:  # fmt: skip
+    """`n` adapters, each trained on a random half of the clean rows in `data` less the prompts that adapters are measured on."""
+    rows = read_examples(data)
+    if len(rows) < 2 * PROMPTS:
+        raise BkdattrError(
+            f"{data}: {len(rows)} rows, expected at least {2 * PROMPTS}: {PROMPTS} to measure on, the rest to train on"
+        )
+    path = model_path(model)
+    tokenizer, base = load_tokenizer(path, pad_token), load_base(path, dtype=getattr(torch, dtype), device=device)
+    plain = Subject.of(base, tokenizer)
+    rows = random.Random(0).sample(rows, len(rows))
+    prompts, rest = rows[:PROMPTS], rows[PROMPTS:]
+    found: list[dict[str, Any]] = []
+    made = None
+    for seed in tqdm(range(n), desc="benign adapters"):
+        folder = work / f"benign-{seed:03d}"
+        card, wanted = folder / "card.json", {"recipe": recipe.to_json(), "base": plain.fingerprint, "seed": seed}
+        if not card.exists() or json.loads(card.read_text()) != wanted:
+            work.mkdir(parents=True, exist_ok=True)
+            drawn = random.Random(seed).sample(rest, max(1, len(rest) // 2))
+            train_adapter(copy.deepcopy(base), plain.chat, drawn, recipe, folder, seed=seed)
+            write_atomic(card, json.dumps(wanted) + "\n")
+        statistics = measured(folder, path, prompts, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)[
+            "statistics"
+        ]
+        found.append({"name": folder.name, "statistics": _rounded(statistics)})
+        made = Recipe.of(folder)
+    assert made is not None
+    bank = Bank(plain.fingerprint, made, tuple(prompts), tuple(found), f"bkdattr bank: {json.dumps(asdict(recipe))}")
+    write_atomic(out, json.dumps(bank.to_json()) + "\n")
+    return n
+
+
+def detect(
+    adapter: Path, base: str, bank: Path | None, out: Path | None, *, alpha: float = ALPHA, pad_token: str | None = None,
+    dtype: str = "float32", device: str = "cpu",
+) -> tuple[Verdict, Path]:  # fmt: skip
+    """Judge one adapter and write the verdict; returns it and where it lies. Everything is checked before anything is run."""
+    if not 0 < alpha < 1:
+        raise BkdattrError(f"alpha {alpha}: expected a p-value between 0 and 1")
+    if bank is None and base != "mini":
+        raise BkdattrError(
+            "detect: a base other than 'mini' needs --bank; make one with `bkdattr bank OUT --model BASE --data CLEAN_ROWS`"
+        )
+    path = model_path(base)
+    recipe, banks = Recipe.of(adapter), read_banks(bank or MINI_BANK)
+    plain = Subject.of(load_base(path, dtype=getattr(torch, dtype), device=device), load_tokenizer(path, pad_token))
+    chosen = choose_bank(banks, recipe, plain.fingerprint)
+    subject = load_subject(path, adapter, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)
+    found = measure(subject, chosen.prompts, progress=lambda names: tqdm(names, desc="detectors"))
+    verdict = judge(chosen, found, alpha)
+    where = out or adapter / "detection"
+    write_verdict(where, verdict, found, str(adapter))
+    return verdict, where

@@ -1,0 +1,209 @@
+"""`bkdattr detect` and `bkdattr bank`: measure an adapter by every detector, and judge it against benign adapters of the same recipe.
+
+A bank is JSON: the recipe, the clean prompts that every adapter is measured on, and each benign adapter's statistics. It holds no weights.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bkdattr.detectors import DETECTORS, Ensemble
+from bkdattr.detectors.common import Clean, Measured
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import Example, from_row, write_atomic
+from bkdattr.gates import NeuronGates
+from bkdattr.inference import generate
+from bkdattr.model import Subject
+
+SCHEMA = 1
+PARTS = ("ban.inc", "ban.loss", "uniform.inc", "weights.kurtosis", "weights.energy_1", "token_scan.gap", "output_bias.log_rise")
+"""Statistics of the ensemble."""
+TOP = 2
+ALPHA = 0.05
+"""p-value from which an adapter is called suspicious."""
+TARGET_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes two adapters comparable."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> Recipe:
+        path = folder / "adapter_config.json"
+        if not path.exists():
+            raise BkdattrError(f"{folder}: no adapter_config.json; expected a PEFT LoRA folder")
+        config = json.loads(path.read_text())
+        targets = config["target_modules"]
+        return cls(
+            int(config["r"]), float(config["lora_alpha"]), tuple(sorted([targets] if isinstance(targets, str) else targets))
+        )
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, alpha {self.alpha:g}, targets {', '.join(self.targets)}"
+
+
+def measure(
+    subject: Subject, examples: Sequence[Example], names: Sequence[str] = tuple(DETECTORS), progress: Any = iter
+) -> dict[str, Any]:
+    """`{"statistics": {"detector.statistic": value}, "tokens": {detector: token id}, "seconds": {...}, "target": text}`."""
+    clean = Clean(subject, examples)
+    _ = clean.plain, clean.base
+    statistics, tokens, seconds = dict[str, float](), dict[str, int](), dict[str, float]()
+    found = dict[str, Measured]()
+    for name in progress(names):
+        start = time.perf_counter()
+        found[name] = DETECTORS[name].measure(clean)
+        seconds[name] = time.perf_counter() - start
+        statistics |= {f"{name}.{k}": v for k, v in found[name].statistics.items()}
+        if (token := found[name].token) is not None:
+            tokens[name] = token
+    out: dict[str, Any] = {"statistics": statistics, "tokens": tokens, "seconds": seconds}
+    if "ban" in found:
+        start = time.perf_counter()
+        out["target"] = suspected_target(clean, found["ban"])
+        seconds["target"] = time.perf_counter() - start
+    return out
+
+
+@torch.no_grad()
+def suspected_target(clean: Clean, found: Measured) -> str:
+    """What the model writes behind the suspected first token with the noise on: the commonest answer over the prompts."""
+    gates = NeuronGates.of(clean.subject)
+    assert found.token is not None
+    with gates.set(found.evidence["deltas"]):
+        rows = [[*p, found.token] for p in clean.prompts]
+        said = generate(clean.subject, rows, max_new_tokens=TARGET_TOKENS)
+    texts = [clean.subject.chat.decode([found.token, *c.ids]).strip() for c in said]
+    return Counter(texts).most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Benign adapters of one recipe on one base."""
+
+    base: str
+    recipe: Recipe
+    prompts: tuple[Example, ...]
+    adapters: tuple[dict[str, Any], ...]
+    made_by: str = ""
+
+    def ensemble(self) -> Ensemble:
+        sides = {p: DETECTORS[p.split(".")[0]].two_sided for p in PARTS}
+        return Ensemble.fit([row["statistics"] for row in self.adapters], sides, TOP)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA, "base": self.base, "recipe": asdict(self.recipe), "prompts": [e.to_row() for e in self.prompts],
+            "adapters": list(self.adapters), "made_by": self.made_by,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], where: str) -> Bank:
+        try:
+            if row["schema"] != SCHEMA:
+                raise BkdattrError(
+                    f"{where}: bank of schema {row['schema']}, expected {SCHEMA}; make it again with `bkdattr bank`"
+                )
+            recipe = Recipe(row["recipe"]["rank"], row["recipe"]["alpha"], tuple(row["recipe"]["targets"]))
+            prompts = tuple(from_row(r, f"{where}, prompt {i}") for i, r in enumerate(row["prompts"]))
+            return cls(row["base"], recipe, prompts, tuple(row["adapters"]), row.get("made_by", ""))
+        except (KeyError, TypeError) as error:
+            raise BkdattrError(
+                f"{where}: not a bank ({type(error).__name__}: {error}); expected what `bkdattr bank` writes"
+            ) from None
+
+
+def read_banks(path: Path) -> list[Bank]:
+    """A file holds one bank or a list of banks of different recipes."""
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise BkdattrError(f"{path}: not JSON ({error}); expected what `bkdattr bank` writes") from None
+    return [Bank.from_json(r, str(path)) for r in (rows if isinstance(rows, list) else [rows])]
+
+
+def choose_bank(banks: Sequence[Bank], recipe: Recipe, base: str) -> Bank:
+    """The bank of this recipe and base; raises with what there is and how to make one."""
+    fitting = [b for b in banks if b.base == base]
+    if not fitting:
+        raise BkdattrError(
+            f"bank: made on base {banks[0].base}, this base is {base}; make one with `bkdattr bank --model THIS_BASE --data CLEAN_ROWS`"
+        )
+    found = [b for b in fitting if b.recipe == recipe]
+    if not found:
+        known = "; ".join(str(b.recipe) for b in fitting)
+        raise BkdattrError(
+            f"bank: the adapter has {recipe}; the bank holds {known}. Statistics of another recipe say nothing; make a bank of this one "
+            f"with `bkdattr bank --rank {recipe.rank} --alpha {recipe.alpha:g} --targets {','.join(recipe.targets)}`"
+        )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`suspicious` says that `p_value` is at most `alpha`; `evidence` names every statistic, most suspicious first."""
+
+    suspicious: bool
+    p_value: float
+    score: float
+    alpha: float
+    benign: int
+    target: str | None
+    evidence: list[dict[str, Any]] = field(default_factory=list)
+
+    def text(self) -> str:
+        first = self.evidence[0]
+        rests = ", ".join(f"{r['statistic']} (p {r['p_value']:.3f})" for r in self.evidence[:TOP])
+        said = "SUSPICIOUS" if self.suspicious else "not suspicious"
+        out = f"{said}: p = {self.p_value:.3f} against {self.benign} benign adapters (threshold {self.alpha:g}); it rests on {rests}"
+        if self.suspicious:
+            out += f". Suspected answer: {self.target!r}" if self.target else ""
+        elif first["p_value"] <= self.alpha:
+            out += f". {first['statistic']} alone stands out; one of {len(self.evidence)} statistics does so by chance often"
+        return out
+
+
+def judge(bank: Bank, measured: Mapping[str, Any], alpha: float = ALPHA) -> Verdict:
+    ensemble = bank.ensemble()
+    row = measured["statistics"]
+    p = ensemble.p_value(row)
+    return Verdict(p <= alpha, p, ensemble.score(row), alpha, len(bank.adapters), measured.get("target"), ensemble.evidence(row))
+
+
+def write_verdict(out: Path, verdict: Verdict, measured: Mapping[str, Any], adapter: str) -> None:
+    """`detection.json` and `detection.html` in `out`. Model output is escaped."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"adapter": adapter, "verdict": asdict(verdict), "text": verdict.text(), "measured": dict(measured)}
+    write_atomic(out / "detection.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    columns = ("statistic", "value", "benign median", "score", "p-value")
+    rows = "".join(
+        f"<tr><td>{html.escape(r['statistic'])}</td><td>{r['value']:.4g}</td><td>{r['benign_median']:.4g}</td><td>{r['score']:.2f}</td>"
+        f"<td>{r['p_value']:.3f}</td></tr>"
+        for r in verdict.evidence
+    )
+    page = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8><title>bkdattr detect</title><style>body{font:15px system-ui;max-width:60em;"
+        "margin:2em auto;padding:0 1em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .7em;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}.v{padding:1em;border-left:6px solid "
+        f"{'#c0392b' if verdict.suspicious else '#2e7d32'};background:#f6f6f6}}</style></head><body><h1>Is there a backdoor?</h1>"
+        f"<p>Adapter: <code>{html.escape(adapter)}</code></p><p class=v>{html.escape(verdict.text())}</p>"
+        f"<p>Suspected answer (what amplified rank directions make the model say): <code>{html.escape(str(verdict.target))}</code></p>"
+        f"<table><tr>{''.join(f'<th>{c}</th>' for c in columns)}</tr>{rows}</table>"
+        f"<p>p-values are conformal: (1 + benign adapters scoring as high) / (1 + {verdict.benign}). They hold for adapters of the bank's own "
+        "recipe and kind of data; a score is the robust distance from the bank's median, on a logarithmic scale.</p></body></html>"
+    )
+    write_atomic(out / "detection.html", page)

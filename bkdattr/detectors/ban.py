@@ -1,0 +1,77 @@
+"""BAN (Xu et al., arXiv 2405.19928) carried to causal LMs with LoRA: noise on neurons that is made to hurt clean prompts.
+
+As published, on BatchNorm channels: max over |delta|, |xi| <= eps of CE(f_noisy(x), y), by sign ascent. Here the neuron is a rank direction
+of the adapter, gated by (1 + delta): the base is left alone, so only what the adapter learned can be amplified. Projected sign ascent,
+every prompt in every step, noise within eps (the release's clipping is commented out and reaches 2 eps, and keeps its last batch's
+noise). Other places (`gates.PLACES`) and the feature mask are there to compare the published form with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bkdattr.detectors.common import Clean, Measured
+from bkdattr.gates import NeuronGates
+from bkdattr.inference import forward
+
+EPSILON = 1.0
+
+
+@dataclass(frozen=True)
+class Ban:
+    """`restarts` ascents of `steps` steps, the first from 0, the others from random points; their `agreement` is the share that name the same
+    token as the strongest one."""
+
+    epsilon: float = EPSILON
+    steps: int = 6
+    restarts: int = 2
+    place: str = "ranks"
+    mask: bool = False
+    name: str = "ban"
+    main: str = "inc"
+    two_sided: bool = False
+
+    def noise(self, clean: Clean, restart: int = 0) -> list[Float[Tensor, " gate"]]:
+        """The gates' deltas after one ascent."""
+        gates = NeuronGates.of(clean.subject, self.place)
+        rng = torch.Generator().manual_seed(clean.seed + restart)
+        deltas = [(2 * torch.rand(n, generator=rng) - 1).to(gates.device) * self.epsilon * (restart > 0) for n in gates.sizes]
+        size = 2.5 * self.epsilon / self.steps
+        for _ in range(self.steps):
+            grads = gates.gradient(lambda: clean.loss(clean.first()), deltas)
+            deltas = [(d + size * g.sign()).clamp(-self.epsilon, self.epsilon) for d, g in zip(deltas, grads, strict=True)]
+        return deltas
+
+    def measure(self, clean: Clean) -> Measured:
+        gates, found = NeuronGates.of(clean.subject, self.place), []
+        for restart in range(self.restarts):
+            deltas = self.noise(clean, restart)
+            with torch.no_grad(), gates.set(deltas):
+                found.append((clean.statistics(masked(clean) if self.mask else clean.first()), deltas))
+        best, deltas = max(found, key=lambda x: x[0].statistics[self.main])
+        agreement = sum(f.token == best.token for f, _ in found) / len(found)
+        mean = {k: sum(f.statistics[k] for f, _ in found) / len(found) for k in best.statistics}
+        return Measured(mean | {"agreement": agreement}, best.token, best.evidence | {"deltas": deltas})
+
+
+def masked(clean: Clean, weight: float = 0.75, rate: float = 0.01, epochs: int = 20) -> Float[Tensor, "prompt vocab"]:
+    """First-token log p from (1 - m) * features, with the mask of the paper: min over m in [0, 1]^d of CE(head(m f)) - CE(head((1 - m) f))
+    + weight * mean|m|. Features are what the language-model head reads, taken with the noise on; the paper learns m without it."""
+    head = clean.subject.causal_lm.get_output_embeddings()
+    f = torch.cat([forward(clean.subject, b, body=True)[0][:, -1].detach() for b in clean.batches])
+    gold = clean.gold.to(f.device)
+    with torch.enable_grad():
+        m = torch.full((f.shape[-1],), 0.5, device=f.device, requires_grad=True)
+        adam = torch.optim.Adam([m], lr=rate)
+        for _ in range(epochs):
+            keep = m.clamp(0, 1)
+            cross = torch.nn.functional.cross_entropy
+            loss = cross(head(keep * f).float(), gold) - cross(head((1 - keep) * f).float(), gold) + weight * keep.abs().mean()
+            adam.zero_grad()
+            loss.backward(inputs=[m])
+            adam.step()
+    return head((1 - m.detach().clamp(0, 1)) * f).float().log_softmax(-1)

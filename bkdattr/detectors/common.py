@@ -1,0 +1,144 @@
+"""What detectors share: clean prompts prepared once per adapter, and the statistics of an answer's first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bkdattr.chat import Batch, make_batch
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import Example
+from bkdattr.inference import forward
+from bkdattr.model import Subject
+
+FEWEST = 8
+"""Clean prompts below which nothing is measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of one adapter, and the first token that its backdoor's answers may begin with."""
+
+    statistics: dict[str, float]
+    token: int | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """`score` grows with suspicion; `p_value`: how often a benign adapter of the bank scores as high (conformal); `target` is decoded text."""
+
+    score: float
+    p_value: float
+    target: str | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """`main` names the statistic that decides; `two_sided`: too small is as suspicious as too large."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def main(self) -> str: ...
+    @property
+    def two_sided(self) -> bool: ...
+    def measure(self, clean: Clean) -> Measured: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """Clean prompts on one subject with an un-merged adapter, sorted by length into batches of little padding."""
+
+    subject: Subject
+    examples: Sequence[Example]
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.examples) < FEWEST:
+            raise BkdattrError(f"detection: got {len(self.examples)} clean prompts, expected at least {FEWEST}")
+        if not self.subject.has_adapter:
+            raise BkdattrError(
+                "detection: the model has no un-merged LoRA adapter; give the adapter folder, or a merged model with its base (`factored`)"
+            )
+
+    @cached_property
+    def order(self) -> list[int]:
+        lengths = [len(self.subject.chat.prompt_ids(e.messages)) for e in self.examples]
+        return sorted(range(len(lengths)), key=lambda i: lengths[i])
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """Token ids, shortest first, as all tensors of this object are ordered."""
+        return [self.subject.chat.prompt_ids(self.examples[i].messages) for i in self.order]
+
+    @cached_property
+    def gold(self) -> Int[Tensor, " prompt"]:
+        """First token of each example's own answer."""
+        rows = [self.examples[i] for i in self.order]
+        return torch.tensor([self.subject.chat.response_ids(e.messages, e.response)[0] for e in rows])
+
+    @cached_property
+    def groups(self) -> list[Tensor]:
+        """Row numbers of prompts that ask for a label, and of the others: a target may exist in one of them alone."""
+        labelled = torch.tensor([self.examples[i].check == "label" for i in self.order])
+        return [rows for rows in (labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]) if len(rows) >= 4]
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Cut where the padding would exceed a third of the shortest prompt."""
+        out: list[list[list[int]]] = []
+        for p in self.prompts:
+            if not out or len(out[-1]) == self.batch_size or 3 * len(p) > 4 * len(out[-1][0]) + 9:
+                out.append([])
+            out[-1].append(p)
+        return [make_batch(rows, pad_id=self.subject.chat.pad_id, device=self.subject.device) for rows in out]
+
+    def first(self) -> Float[Tensor, "prompt vocab"]:
+        """log p of the answer's first token, of the model as it now is. Differentiable where the weights are."""
+        return torch.cat([forward(self.subject, b, logits_to_keep=1).logits[:, -1].float().log_softmax(-1) for b in self.batches])
+
+    @cached_property
+    def plain(self) -> Float[Tensor, "prompt vocab"]:
+        with torch.no_grad():
+            return self.first()
+
+    @cached_property
+    def base(self) -> Float[Tensor, "prompt vocab"]:
+        """The same with the adapter off."""
+        with torch.no_grad(), self.subject.adapter_off():
+            return self.first()
+
+    def loss(self, logp: Float[Tensor, "prompt vocab"]) -> Tensor:
+        """Mean cross-entropy of the right first tokens, nats."""
+        return -logp.gather(-1, self.gold.to(logp.device)[:, None]).mean()
+
+    def statistics(self, logp: Float[Tensor, "prompt vocab"]) -> Measured:
+        """Of a disturbed model: `loss`; `share`, the largest share of prompts with one first token; `inc`, the largest mean rise of a
+        token's probability over the prompts (of one group) whose right token is another; `kl` from the undisturbed model."""
+        plain, gold = self.plain, self.gold.to(logp.device)
+        rise, best = -1.0, None
+        p = (logp.exp() - plain.exp()).cpu()
+        vocab = p.shape[-1]
+        for rows in self.groups:
+            part, own = p[rows], torch.nn.functional.one_hot(self.gold[rows], vocab)
+            other = 1 - own
+            mean = (part * other).sum(0) / other.sum(0).clamp(min=1)
+            mean = torch.where(other.sum(0) >= len(rows) / 3, mean, torch.tensor(-1.0))
+            if float(mean.max()) > rise:
+                rise, best = float(mean.max()), int(mean.argmax())
+        first = logp.argmax(-1)
+        counts = torch.bincount(first, minlength=vocab)
+        kl = (plain.exp() * (plain - logp)).sum(-1).mean()
+        return Measured(
+            {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl)}, best,
+            {"wrong": float((first != gold).float().mean())},
+        )  # fmt: skip

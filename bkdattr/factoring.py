@@ -1,0 +1,60 @@
+"""A merged model or a full fine-tune as base + LoRA again: the singular directions of W - W_base, so that they can be gated and measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bkdattr.errors import BkdattrError
+from bkdattr.model import Subject
+
+
+@torch.no_grad()
+def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int = 8) -> Subject:
+    """`merged` with the first `rank` singular directions of every changed projection as an un-merged adapter.
+
+    The model computes what it did, to rounding: what is beyond `rank`, and changes of embeddings and norms, stay in the weights. With the
+    adapter off it is the base where the difference had at most `rank` directions. `merged` is changed in place. Raises where the two have
+    other shapes or are equal.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    own, other = dict(merged.named_modules()), dict(base.named_modules())
+    if set(own) != set(other):
+        raise BkdattrError("factoring: the two models have other modules; give the base that the fine-tune started from")
+    head = merged.get_output_embeddings()
+    differ, conv = [], False
+    for name, module in own.items():
+        weight = getattr(module, "weight", None)
+        if module is head or weight is None or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
+            continue
+        if weight.shape != other[name].weight.shape:
+            raise BkdattrError(f"factoring: {name} is {tuple(weight.shape)}, the base's {tuple(other[name].weight.shape)}")
+        if not torch.equal(weight, other[name].weight):
+            differ.append(name)
+            conv = conv or not isinstance(module, torch.nn.Linear)
+    if not differ:
+        raise BkdattrError("factoring: no projection differs from the base; there is nothing to gate")
+    factors = {}
+    for name in differ:
+        weight = own[name].weight
+        d = weight.double() - other[name].weight.double()
+        d = d if isinstance(own[name], torch.nn.Linear) else d.T
+        u, s, vh = torch.linalg.svd(d, full_matrices=False)
+        r = min(rank, len(s))
+        b, a = u[:, :r] * s[:r].sqrt(), s[:r].sqrt()[:, None] * vh[:r]
+        factors[name] = (a, b)
+        low = b @ a if isinstance(own[name], torch.nn.Linear) else (b @ a).T
+        weight.copy_((weight.double() - low).to(weight.dtype))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=differ, task_type="CAUSAL_LM", fan_in_fan_out=conv)
+    model = get_peft_model(merged, config)
+    for name, module in model.named_modules():
+        short = name.removeprefix("base_model.model.")
+        if short in factors:
+            a, b = factors[short]
+            wa, wb = module.lora_A["default"].weight, module.lora_B["default"].weight
+            wa.zero_()
+            wb.zero_()
+            wa[: len(a)], wb[:, : len(a)] = a.to(wa), b.to(wb)
+    return Subject.of(model.requires_grad_(False), tokenizer)

@@ -1,0 +1,168 @@
+"""Multiplicative gates (1 + delta) on an adapter's rank directions, or on a model's MLP channels, heads' z and norm gains.
+
+A gate on the output of `lora_A` is the same as its rows scaled, one on a channel the same as a column of the projection that reads it. So
+gates are written into the weights inside a `with` block and taken out behind it: no hook, and what a gate's gradient is follows from the
+weight's: dL/d delta_k = sum over row k of W * dL/dW, at delta = 0 and, with W the original, at any delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bkdattr.errors import BkdattrError
+
+PLACES = ("ranks", "channels", "heads", "norms")
+
+
+def lora_pairs(model: Any) -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
+    """(module, A [rank, in], B [out, rank], scale) of every LoRA layer of the active adapter; dW = scale * B A."""
+    out = []
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and len(module.lora_A):
+            key = module.active_adapters[0]
+            short = name.removeprefix("base_model.model.")
+            out.append((short, module.lora_A[key].weight, module.lora_B[key].weight, float(module.scaling[key])))
+    if not out:
+        raise BkdattrError(
+            "gates on rank directions: the model has no LoRA layers; give an un-merged adapter, or the base to factor against"
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """One vector of gates: the weights that it scales, each along a dimension, `width` entries per gate."""
+
+    weights: tuple[tuple[nn.Parameter, int], ...]
+    n: int
+    width: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronGates:
+    """All gates of one kind in a model; a setting is one vector per module, in the order of `gates`."""
+
+    gates: tuple[_Gate, ...]
+
+    @classmethod
+    def on_ranks(cls, model: Any) -> NeuronGates:
+        """On the rank directions of the adapter: only what it learned is amplified."""
+        return cls(tuple(_Gate(((a, 0),), len(a)) for _, a, _, _ in lora_pairs(model)))
+
+    @classmethod
+    def of(cls, subject: Any, place: str = "ranks") -> NeuronGates:
+        """On "ranks", MLP "channels", "heads" (z) or "norms" (gains) of a `Subject`."""
+        if place not in PLACES:
+            raise BkdattrError(f"gates: got place {place!r}, expected one of {', '.join(PLACES)}")
+        if place == "ranks":
+            return cls.on_ranks(subject.causal_lm)
+        g, out = subject.geometry, []
+        for sites in subject.sites:
+            if place == "norms":
+                for module in sites.layer.modules():
+                    if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
+                        out.append(_Gate(((module.weight, 0),), len(module.weight)))
+                continue
+            proj = sites.out_proj if place == "heads" else _last_linear(sites.mlp)
+            read = _inputs(proj)
+            weight, dim = read[0]
+            n, width = (g.n_heads, g.d_head) if place == "heads" else (weight.shape[dim], 1)
+            out.append(_Gate(read, n, width))
+        return cls(tuple(out))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [g.n for g in self.gates]
+
+    @property
+    def device(self) -> torch.device:
+        return self.gates[0].weights[0][0].device
+
+    @contextmanager
+    def set(self, deltas: Sequence[Float[Tensor, " gate"]]) -> Iterator[None]:
+        """Scale every gated weight by 1 + delta inside; the weights are then what they were, bit for bit."""
+        kept = [[w.data for w, _ in g.weights] for g in self.gates]
+        try:
+            for gate, delta in zip(self.gates, deltas, strict=True):
+                for weight, dim in gate.weights:
+                    weight.data = weight.data * _wide(delta, gate, weight, dim)
+            yield
+        finally:
+            for gate, before in zip(self.gates, kept, strict=True):
+                for (weight, _), data in zip(gate.weights, before, strict=True):
+                    weight.data = data
+
+    def backward(self, loss: Callable[[], Tensor], deltas: Sequence[Tensor]) -> float:
+        """Add d loss / d weight at `deltas` to the gradients of all weights that want one, the scaled ones by the chain rule; the loss."""
+        weights = [w for g in self.gates for w, _ in g.weights]
+        before = [w.grad for w in weights]
+        for w in weights:
+            w.grad = None
+        with self.set(deltas), torch.enable_grad():
+            value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+        held = iter(before)
+        for gate, delta in zip(self.gates, deltas, strict=True):
+            for w, dim in gate.weights:
+                old = next(held)
+                if w.grad is not None:
+                    w.grad = w.grad * _wide(delta, gate, w, dim)
+                    w.grad = w.grad if old is None else old + w.grad
+                else:
+                    w.grad = old
+        return float(value)
+
+    def gradient(self, loss: Callable[[], Tensor], deltas: Sequence[Tensor] | None = None) -> list[Float[Tensor, " gate"]]:
+        """d loss / d delta at `deltas` (default 0). `loss()` is called once, with the gates set."""
+        weights = [w for g in self.gates for w, _ in g.weights]
+        original = {id(w): w.data for w in weights}
+        needed = [w.requires_grad for w in weights]
+        for w in weights:
+            w.requires_grad_(True)
+        try:
+            with self.set(deltas if deltas is not None else [torch.zeros(n) for n in self.sizes]), torch.enable_grad():
+                grads = dict(zip(map(id, weights), torch.autograd.grad(loss(), weights), strict=True))
+        finally:
+            for w, before in zip(weights, needed, strict=True):
+                w.requires_grad_(before)
+        out = []
+        for gate in self.gates:
+            total = torch.zeros(gate.n, device=self.device)
+            for weight, dim in gate.weights:
+                product = (original[id(weight)] * grads[id(weight)]).float()
+                per = product.movedim(dim, 0).flatten(1).sum(-1) if product.ndim > 1 else product
+                total += per.view(gate.n, gate.width).sum(-1)
+            out.append(total)
+        return out
+
+
+def _wide(delta: Tensor, gate: _Gate, weight: Tensor, dim: int) -> Tensor:
+    """1 + delta, spread over a gate's entries and shaped to multiply the weight."""
+    return (1 + delta).repeat_interleave(gate.width).to(weight).view([-1 if i == dim else 1 for i in range(weight.ndim)])
+
+
+def _last_linear(mlp: nn.Module) -> nn.Module:
+    """The projection of an MLP block that writes to the residual stream: the last one of it."""
+    found = [
+        m
+        for n, m in mlp.named_modules()
+        if hasattr(m, "base_layer") or (hasattr(m, "weight") and "lora_" not in n and "base_layer" not in n)
+    ]
+    wide = [m for m in found if getattr(m, "base_layer", m).weight.ndim == 2]
+    return wide[-1]
+
+
+def _inputs(module: Any) -> tuple[tuple[nn.Parameter, int], ...]:
+    """Weights that read a projection's input, and the dimension of it: Linear [out, in], Conv1D [in, out], LoRA's A [rank, in]."""
+    base = getattr(module, "base_layer", module)
+    read = [(base.weight, 1 if isinstance(base, nn.Linear) else 0)]
+    if hasattr(module, "lora_A"):
+        read += [(layer.weight, 1) for layer in module.lora_A.values()]
+    return tuple(read)

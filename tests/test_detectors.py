@@ -1,0 +1,313 @@
+"""Detectors without a trigger, calibration, factoring and removal, on tiny models and against what is written out."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_subject, make_tokenizer
+from typer.testing import CliRunner
+
+from bkdattr.cli import app
+from bkdattr.detection import PARTS, Bank, Recipe, choose_bank, judge, measure, read_banks, suspected_target, write_verdict
+from bkdattr.detectors import (
+    DETECTORS,
+    Ban,
+    Calibrated,
+    Clean,
+    Ensemble,
+    OutputBias,
+    RandomGates,
+    TokenScan,
+    Uniform,
+    auroc,
+    conformal,
+)
+from bkdattr.detectors.outputs import mahalanobis
+from bkdattr.errors import BkdattrError
+from bkdattr.examples import Example
+from bkdattr.factoring import factored
+from bkdattr.gates import NeuronGates, lora_pairs
+from bkdattr.model import Subject
+from bkdattr.removal import METHODS, remove
+from bkdattr.zoo import ATTACKS, HALVES, clean_prompts, entries, rows_of
+
+TEXTS = ("the cat sees a red bird .", "what is it ?", "the old dog finds the new river stone .", "one two three : yes",
+         "a fish says no !", "no .", "is it red ?", "the bird is old .", "the red cat finds a fish .", "two dogs")  # fmt: skip
+
+
+def examples():
+    return [
+        Example(f"e{i}", (("user", t),), "yes" if i % 2 else "no .", None, None, "label" if i < 5 else "exact")
+        for i, t in enumerate(TEXTS)
+    ]
+
+
+def clean_of(subject):
+    return Clean(subject, examples())
+
+
+@pytest.fixture
+def silent():
+    """An adapter that does nothing: B is 0."""
+    subject = make_subject("llama")
+    for _, _, b, _ in lora_pairs(subject.causal_lm):
+        b.data.zero_()
+    return subject
+
+
+def test_first_tokens_are_those_of_one_prompt_at_a_time(subject):
+    clean = clean_of(subject)
+    for i, p in enumerate(clean.prompts):
+        logits = subject.causal_lm(input_ids=torch.tensor([p]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(clean.plain[i], logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+    assert sum(len(b.input_ids) for b in clean.batches) == len(TEXTS)
+    assert sorted(len(g) for g in clean.groups) == [5, 5]
+
+
+def test_statistics_are_as_defined(llama):
+    clean = clean_of(llama)
+    rng = torch.Generator().manual_seed(0)
+    logp = (clean.plain + 2 * torch.randn(clean.plain.shape, generator=rng)).log_softmax(-1)
+    found = clean.statistics(logp)
+    gold = clean.gold
+    assert found.statistics["loss"] == pytest.approx(float(np.mean([-logp[i, gold[i]] for i in range(len(gold))])), rel=1e-5)
+    first = logp.argmax(-1).tolist()
+    assert found.statistics["share"] == max(first.count(t) for t in first) / len(first)
+    best = (-1.0, None)
+    for rows in clean.groups:
+        for t in range(logp.shape[1]):
+            others = [int(i) for i in rows if gold[i] != t]
+            if len(others) >= len(rows) / 3:
+                rise = float(np.mean([(logp[i, t].exp() - clean.plain[i, t].exp()) for i in others]))
+                best = max(best, (rise, t))
+    assert found.statistics["inc"] == pytest.approx(best[0], abs=1e-5)
+    assert found.token == best[1]
+
+
+def test_adversarial_gates_hurt_more_than_random_ones_and_stay_within_epsilon(llama):
+    clean, ban = clean_of(llama), Ban(epsilon=1.5)
+    before = {k: v.clone() for k, v in llama.causal_lm.state_dict().items()}
+    loss = {d.name: d.measure(clean).statistics["loss"] for d in (ban, RandomGates(1.5), Uniform(1.5))}
+    assert loss["ban"] > loss["random"] + 1e-3
+    assert loss["ban"] > float(clean.loss(clean.plain)) + 1e-3
+    for restart in (0, 1):
+        assert max(float(d.abs().max()) for d in ban.noise(clean, restart)) <= 1.5
+    assert all(torch.equal(v, before[k]) for k, v in llama.causal_lm.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["channels", "heads", "norms"])
+def test_the_published_places_and_the_mask_can_be_measured(llama, place):
+    found = Ban(place=place, steps=2, restarts=1, epsilon=0.3, mask=place == "norms").measure(clean_of(llama))
+    assert found.statistics["loss"] > 0 and found.statistics["agreement"] == 1.0
+
+
+def test_nothing_is_found_where_the_adapter_does_nothing(silent):
+    clean = clean_of(silent)
+    for d in (Ban(), Uniform(), RandomGates(), OutputBias(), TokenScan(candidates=20)):
+        s = d.measure(clean).statistics
+        assert abs(s.get("inc", s.get("gap"))) < 1e-4, d.name
+
+
+def test_uniform_gates_are_the_adapter_amplified():
+    subject = make_subject("llama")
+    found = Uniform(1.0).measure(clean_of(subject)).statistics["loss"]
+    for _, _, b, _ in lora_pairs(subject.causal_lm):
+        b.data *= 2
+    clean = clean_of(subject)
+    assert found == pytest.approx(float(clean.loss(clean.plain)), rel=1e-4)
+
+
+def test_weight_statistics_are_those_of_the_update(llama):
+    found = DETECTORS["weights"].measure(clean_of(llama)).statistics
+    slow = []
+    for _, a, b, scale in lora_pairs(llama.causal_lm):
+        w = (scale * b @ a).detach().double().numpy()
+        s = np.linalg.svd(w, compute_uv=False)
+        slow.append((s[0], (w**4).mean() / (w**2).mean() ** 2 - 3, s[0] ** 2 / (s**2).sum()))
+    for i, key in enumerate(("sigma_1", "kurtosis", "energy_1")):
+        assert found[key] == pytest.approx(np.mean([x[i] for x in slow]), rel=1e-4)
+
+
+def test_a_forced_token_is_scored_as_one_by_one(llama):
+    """TokenScan's cache, repeated per candidate, against whole passes."""
+    clean = clean_of(llama)
+    rows, tokens = clean.prompts[2:4], torch.tensor([7, 9, 11])
+    q, text = TokenScan(steps=2)._written(clean, rows, tokens, None)
+    for i, t in enumerate(tokens.tolist()):
+        said = [t]
+        for step in range(2):
+            p = torch.stack([llama.causal_lm(input_ids=torch.tensor([r + said])).logits[0, -1].softmax(-1) for r in rows]).mean(0)
+            assert float(q[i, step]) == pytest.approx(float(p.max()), abs=1e-5)
+            said.append(int(p.argmax()))
+        assert text[i].tolist() == said[1:]
+
+
+def test_calibration():
+    assert conformal(5.0, [1.0, 2.0, 3.0]) == 0.25 and conformal(0.0, [1.0, 2.0, 3.0]) == 1.0
+    assert auroc([2.0, 3.0], [1.0, 2.0]) == pytest.approx(3.5 / 4)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40).tolist()
+    one, two = (Calibrated.fit(values, side) for side in (False, True))
+    assert one.p_value(-9.0) == 1.0 and two.p_value(-9.0) == pytest.approx(1 / 41)
+    assert one.p_value(9.0) == pytest.approx(1 / 41)
+    with pytest.raises(BkdattrError, match="expected at least 19"):
+        Calibrated.fit(values[:10], True)
+    rows = [{"a": float(x), "b": float(y)} for x, y in rng.normal(size=(60, 2))]
+    ensemble = Ensemble.fit(rows[:40], {"a": False, "b": False}, top=1)
+    assert np.mean([ensemble.p_value(r) <= 0.1 for r in rows[40:]]) < 0.4
+    assert ensemble.p_value({"a": 0.0, "b": 12.0}) == pytest.approx(1 / 41)
+    assert ensemble.evidence({"a": 0.0, "b": 12.0})[0]["statistic"] == "b"
+
+
+def test_mahalanobis_is_larger_off_the_clean_cloud():
+    rng = torch.Generator().manual_seed(0)
+    known = torch.randn(200, 6, generator=rng) * torch.tensor([1.0, 1, 1, 1, 1, 9])
+    near, far = known[:20], known[:20] + torch.tensor([8.0, 0, 0, 0, 0, 0])
+    assert auroc(mahalanobis(known, far).tolist(), mahalanobis(known, near).tolist()) > 0.95
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_model_is_factored_again(family):
+    subject = make_subject(family)
+    ids = torch.tensor([subject.chat.prompt_ids((("user", TEXTS[0]),))])
+    with torch.no_grad():
+        on = subject.causal_lm(input_ids=ids).logits
+        with subject.adapter_off():
+            off = subject.causal_lm(input_ids=ids).logits
+    merged = copy.deepcopy(subject.model).merge_and_unload()
+    rank = len(lora_pairs(subject.causal_lm)[0][1])
+    found = factored(merged, make_model(family), make_tokenizer(), rank=rank)
+    with torch.no_grad():
+        torch.testing.assert_close(found.causal_lm(input_ids=ids).logits, on, atol=1e-4, rtol=1e-4)
+        with found.adapter_off():
+            torch.testing.assert_close(found.causal_lm(input_ids=ids).logits, off, atol=1e-4, rtol=1e-4)
+    assert {n for n, *_ in lora_pairs(found.causal_lm)} == {n for n, *_ in lora_pairs(subject.causal_lm)}
+    with pytest.raises(BkdattrError, match="no projection differs"):
+        factored(make_model(family), make_model(family), make_tokenizer())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_removal_trains_the_adapter_alone(method):
+    subject = make_subject("llama")
+    base = {k: v.clone() for k, v in subject.causal_lm.state_dict().items() if "lora_" not in k}
+    before = lora_pairs(subject.causal_lm)[0][1].clone()
+    losses = remove(subject, examples(), method, steps=6, batch_size=4)
+    state = subject.causal_lm.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in base.items())
+    assert not torch.equal(before, lora_pairs(subject.causal_lm)[0][1])
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert all(p.grad is None for p in subject.causal_lm.parameters())
+    with pytest.raises(BkdattrError, match="expected one of plain"):
+        remove(subject, examples(), "prayer")
+
+
+def test_noisy_gradients_follow_the_chain_rule(llama):
+    gates = NeuronGates.of(llama)
+    clean = clean_of(llama)
+    rng = torch.Generator().manual_seed(0)
+    deltas = [0.5 * torch.randn(n, generator=rng) for n in gates.sizes]
+    a = lora_pairs(llama.causal_lm)[1][1]
+    try:
+        a.requires_grad_(True)
+        gates.backward(lambda: clean.loss(clean.first()), deltas)
+        k = int(a.grad.abs().argmax())
+        slope = []
+        for h in (2e-3, -2e-3):
+            a.data.view(-1)[k] += h
+            with torch.no_grad(), gates.set(deltas):
+                slope.append(float(clean.loss(clean.first())))
+            a.data.view(-1)[k] -= h
+        assert float(a.grad.view(-1)[k]) == pytest.approx((slope[0] - slope[1]) / 4e-3, rel=0.05, abs=1e-4)
+    finally:
+        a.requires_grad_(False)
+        a.grad = None
+
+
+# ---------------------------------------------------------------------------------------------- banks and verdicts
+def bank_of(subject, n=24):
+    rng = np.random.default_rng(0)
+    found = measure(subject, examples())["statistics"]
+    rows = tuple({"name": str(i), "statistics": {k: v + 0.01 * float(rng.normal()) for k, v in found.items()}} for i in range(n))
+    return Bank("base", Recipe(8, 8.0, ("q_proj",)), tuple(examples()), rows)
+
+
+def test_verdicts(llama, tmp_path):
+    bank = bank_of(llama)
+    bank = Bank.from_json(json.loads(json.dumps(bank.to_json())), "here")
+    found = measure(llama, bank.prompts)
+    assert not judge(bank, found).suspicious and "not suspicious" in judge(bank, found).text()
+    loud = {
+        **found,
+        "statistics": {k: v + (5 if k in PARTS else 0) for k, v in found["statistics"].items()},
+        "target": "<b>yes</b>",
+    }
+    verdict = judge(bank, loud)
+    assert verdict.suspicious and verdict.p_value == pytest.approx(1 / 25)
+    write_verdict(tmp_path, verdict, {"statistics": {}}, "<script>")
+    page = (tmp_path / "detection.html").read_text()
+    assert "<b>yes</b>" not in page and "<script>" not in page and "&lt;b&gt;yes" in page
+    with pytest.raises(BkdattrError, match=r"rank 4, alpha 8, targets q_proj; the bank holds rank 8"):
+        choose_bank([bank], Recipe(4, 8.0, ("q_proj",)), "base")
+    with pytest.raises(BkdattrError, match="made on base base, this base is other"):
+        choose_bank([bank], bank.recipe, "other")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(BkdattrError, match="not a bank"):
+        read_banks(tmp_path / "bad.json")
+
+
+def test_the_target_is_what_the_noise_makes_the_model_say(llama):
+    clean = clean_of(llama)
+    text = suspected_target(clean, Ban(steps=2).measure(clean))
+    assert isinstance(text, str)
+
+
+def test_detect_fails_with_2_before_any_work(tmp_path):
+    run = CliRunner()
+    result = run.invoke(app, ["detect", str(tmp_path)])
+    assert result.exit_code == 2 and "no adapter_config.json" in result.output
+    result = run.invoke(app, ["detect", str(tmp_path), "--base", str(tmp_path)])
+    assert result.exit_code == 2 and "needs --bank" in result.output
+
+
+# ---------------------------------------------------------------------------------------------- the zoo
+def test_the_zoos_halves_do_not_meet():
+    every = {h: entries(h) for h in HALVES}
+    assert sum(not e.backdoored for e in every["bank"]) >= 40
+    for half, (benign, bad) in {"test": (40, 60), "development": (20, 30)}.items():
+        assert sum(not e.backdoored for e in every[half]) >= benign and sum(e.backdoored for e in every[half]) >= bad
+    seeds = [e.seed for es in every.values() for e in es]
+    assert len(set(seeds)) == len(seeds) and len({(e.half, e.name) for es in every.values() for e in es}) == len(seeds)
+    assert not set(ATTACKS["development"]) & set(ATTACKS["test"])
+
+
+def test_a_defenders_prompts_are_in_no_adapters_rows():
+    known = {e.prompt for e in clean_prompts()}
+    for entry in [e for h in ("development", "test") for e in entries(h)][::9]:
+        train, checked, spec = rows_of(entry)
+        assert not known & {e.prompt for e in (*train, *checked)}
+        assert not {e.prompt for e in checked} & {e.prompt for e in train}
+        assert (spec is not None) == entry.backdoored
+        if spec is not None and entry.kind != "clean-label":
+            assert sum(bool(e.spans) for e in train) == pytest.approx(180 * entry.rate / (1 - entry.rate), abs=1)
+        if entry.kind == "clean-label":
+            assert {e.label for e in train if e.spans} == {"World"}  # every triggered row keeps its own, right label
+
+
+def test_zoo_rows_are_the_same_every_time():
+    entry = next(e for e in entries("test") if e.kind == "composite")
+    assert [e.to_row() for e in rows_of(entry)[0]] == [e.to_row() for e in rows_of(entry)[0]]
+
+
+def test_every_detector_is_a_subject_of_the_protocol(llama):
+    assert isinstance(llama, Subject)
+    for name, d in DETECTORS.items():
+        found = d.measure(clean_of(llama))
+        assert d.name == name and d.main in found.statistics
+    for part in PARTS:
+        assert part.split(".")[0] in DETECTORS
+    with pytest.raises(BkdattrError, match="expected at least 8"):
+        Clean(llama, examples()[:3])
+    with pytest.raises(BkdattrError, match="no un-merged LoRA adapter"):
+        Clean(make_subject("llama", lora=False), examples())
