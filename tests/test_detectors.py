@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import make_model, make_subject, make_tokenizer
 from typer.testing import CliRunner
@@ -29,6 +30,8 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.factoring import factored
 from bkdattr.gates import NeuronGates, lora_pairs
+from bkdattr.inference import response_logprob
+from bkdattr.mechanism import noise_effects, search_trigger
 from bkdattr.model import Subject
 from bkdattr.removal import METHODS, remove
 from bkdattr.zoo import ATTACKS, HALVES, clean_prompts, entries, rows_of
@@ -223,6 +226,36 @@ def test_noisy_gradients_follow_the_chain_rule(llama):
     finally:
         a.requires_grad_(False)
         a.grad = None
+
+
+def test_noise_stands_in_for_the_trigger(llama):
+    """The effects are those of whole passes with the noisy model's mean state put into the quiet one."""
+    clean, target = clean_of(llama), "yes"
+    deltas = Ban(steps=2).noise(clean)
+    found = noise_effects(clean, target, deltas)
+    site = max(found, key=lambda s: abs(float(found[s].mean())))
+    rows = [Example(e.id, e.messages, e.response) for e in clean.examples]
+    gates, g = NeuronGates.of(llama), llama.geometry
+    with gates.set(deltas):
+        z = [reference.site_at_last_token(llama, site, llama.chat.prompt_ids(e.messages)).detach() for e in rows[::2]]
+    value = torch.stack(z).mean(0)
+    for i, e in enumerate(rows[1::2]):
+        p, r = llama.chat.prompt_ids(e.messages), llama.chat.response_ids(e.messages, target)
+        proj = llama.sites[site.layer].out_proj
+        after = reference.patched_probability(llama.causal_lm, proj, g.n_heads, site.head, value, p, r)
+        before = float(response_logprob(llama, [p], [r]).mean.exp())
+        assert float(found[site][i]) == pytest.approx(after - before, abs=1e-5)
+    with pytest.raises(BkdattrError, match="empty target"):
+        noise_effects(clean, " ", deltas)
+
+
+def test_a_search_raises_the_target_and_never_uses_special_tokens(llama):
+    clean = clean_of(llama)
+    found = search_trigger(clean, "yes", tokens=2, rounds=3, candidates=8, prompts=3)
+    assert found.logp > found.start and len(found.ids) == 2
+    assert not set(found.ids) & set(llama.chat.tokenizer.all_special_ids)
+    again = search_trigger(clean, "yes", tokens=2, rounds=3, candidates=8, prompts=3)
+    assert again == found
 
 
 # ---------------------------------------------------------------------------------------------- banks and verdicts
