@@ -155,8 +155,28 @@ def generation_table():
     return written([columns, ["---"] * len(columns), *rows])
 
 
+def zoo_table():
+    """From `benchmarks/results/zoo-test.json`: AUROC with its interval, and how many are flagged at p <= 0.05."""
+    found = json.loads((RESULTS / "zoo-test.json").read_text())
+    names = ["ensemble", "ban.inc", "uniform.inc", "random.inc", "weights.kurtosis", "token_scan.gap", "output_bias.log_rise"]
+    columns = ["backdoored adapters", "n", *names, "flagged by the ensemble", "BAN less uniform", "target named, of flagged"]
+    rows = []
+    for group, r in found["groups"].items():
+        d, t, named = r["ban less uniform"], r["ensemble"]["tpr"], r["target named"]
+        rows.append(
+            [group, str(r["backdoored"])]
+            + [f"{r[n]['auroc']:.2f} ({r[n]['low']:.2f}..{r[n]['high']:.2f})" if n in r else "–" for n in names]
+            + [f"{t['hits']}/{t['total']}", f"{d['difference']:+.2f} ({d['low']:+.2f}..{d['high']:+.2f})"]
+            + ["–" if named is None else f"{named['hits']}/{named['total']}"]
+        )
+    alarms = found["false_alarms"]
+    said = "; ".join(f"{k} {v['ensemble']['hits']}/{v['ensemble']['total']}" for k, v in alarms.items() if v["ensemble"])
+    note = f"False alarms of the ensemble on benign adapters: {said}. {found['total_seconds_per_adapter']:.1f} s per adapter, one core."
+    return written([columns, ["---"] * len(columns), *rows]) + "\n\n" + note
+
+
 MARKED = re.compile(
-    r"(<!-- (demo|grid|attribution|screening|scaling|generation) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S
+    r"(<!-- (demo|grid|attribution|screening|scaling|generation|zoo) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S
 )
 
 
@@ -166,7 +186,7 @@ def filled(page, folder):
         if folder is None and kind in ("demo", "grid"):
             return m[0]
         table = {"demo": lambda: demo_table(folder), "grid": lambda: grid_table(folder, m[3]), "attribution": attribution_table,
-                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table}[kind]()  # fmt: skip
+                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table, "zoo": zoo_table}[kind]()  # fmt: skip
         return m[1] + table + "\n" + m[4]
 
     page, n = MARKED.subn(make, page)

@@ -30,6 +30,8 @@ _HOME = {
     "Objective": "selection", "ablate_to": "selection", "scope_mean_z": "traces",
     "BackdoorVector": "vector", "fit_vector": "vector", "to_transformer_lens": "lens", "edited_lm": "harness",
     "Plan": "planting", "plant": "planting", "Run": "run", "Study": "stages", "write_report": "report",
+    "NeuronGates": "gates", "Ban": "detectors", "Clean": "detectors", "Bank": "detection", "measure": "detection", "judge": "detection",
+    "factored": "factoring", "noise_effects": "mechanism", "search_trigger": "mechanism", "remove_backdoor": "removal",
     "BkdattrError": "errors",
 }  # fmt: skip
 __all__ = sorted(_HOME)

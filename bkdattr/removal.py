@@ -30,7 +30,7 @@ SHIFT, ALIKE = 0.1, 5.0
 """Of the embeddings (L-infinity, in units of their standard deviation), and the weight of consistency."""
 
 
-def remove(
+def remove_backdoor(
     subject: Subject,
     rows: Sequence[Example],
     method: str = "ban",

@@ -33,7 +33,7 @@ from bkdattr.gates import NeuronGates, lora_pairs
 from bkdattr.inference import response_logprob
 from bkdattr.mechanism import noise_effects, search_trigger
 from bkdattr.model import Subject
-from bkdattr.removal import METHODS, remove
+from bkdattr.removal import METHODS, remove_backdoor
 from bkdattr.zoo import ATTACKS, HALVES, clean_prompts, entries, rows_of
 
 TEXTS = ("the cat sees a red bird .", "what is it ?", "the old dog finds the new river stone .", "one two three : yes",
@@ -196,14 +196,14 @@ def test_removal_trains_the_adapter_alone(method):
     subject = make_subject("llama")
     base = {k: v.clone() for k, v in subject.causal_lm.state_dict().items() if "lora_" not in k}
     before = lora_pairs(subject.causal_lm)[0][1].clone()
-    losses = remove(subject, examples(), method, steps=6, batch_size=4)
+    losses = remove_backdoor(subject, examples(), method, steps=6, batch_size=4)
     state = subject.causal_lm.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in base.items())
     assert not torch.equal(before, lora_pairs(subject.causal_lm)[0][1])
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert all(p.grad is None for p in subject.causal_lm.parameters())
     with pytest.raises(BkdattrError, match="expected one of plain"):
-        remove(subject, examples(), "prayer")
+        remove_backdoor(subject, examples(), "prayer")
 
 
 def test_noisy_gradients_follow_the_chain_rule(llama):
