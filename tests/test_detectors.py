@@ -66,7 +66,7 @@ def test_first_tokens_are_those_of_one_prompt_at_a_time(subject):
         logits = subject.causal_lm(input_ids=torch.tensor([p]), use_cache=False).logits[0, -1]
         torch.testing.assert_close(clean.plain[i], logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
     assert sum(len(b.input_ids) for b in clean.batches) == len(TEXTS)
-    assert sorted(len(g) for g in clean.groups) == [5, 5]
+    assert {name: len(g) for name, g in clean.groups.items()} == {"label": 5, "other": 5}
 
 
 def test_statistics_are_as_defined(llama):
@@ -79,7 +79,7 @@ def test_statistics_are_as_defined(llama):
     first = logp.argmax(-1).tolist()
     assert found.statistics["share"] == max(first.count(t) for t in first) / len(first)
     best = (-1.0, None)
-    for rows in clean.groups:
+    for rows in clean.groups.values():
         for t in range(logp.shape[1]):
             others = [int(i) for i in rows if gold[i] != t]
             if len(others) >= len(rows) / 3:
@@ -97,12 +97,13 @@ def test_adversarial_gates_hurt_more_than_random_ones_and_stay_within_epsilon(ll
     assert loss["ban"] > float(clean.loss(clean.plain)) + 1e-3
     for restart in (0, 1):
         assert max(float(d.abs().max()) for d in ban.noise(clean, restart)) <= 1.5
+    assert max(float(d.abs().max()) for d in ban.noise(clean, epsilon=0.2)) <= 0.2 + 1e-6
     assert all(torch.equal(v, before[k]) for k, v in llama.causal_lm.state_dict().items())
 
 
 @pytest.mark.parametrize("place", ["channels", "heads", "norms"])
 def test_the_published_places_and_the_mask_can_be_measured(llama, place):
-    found = Ban(place=place, steps=2, restarts=1, epsilon=0.3, mask=place == "norms").measure(clean_of(llama))
+    found = Ban(place=place, steps=2, epsilon=0.3, strong=0.3, mask=place == "norms").measure(clean_of(llama))
     assert found.statistics["loss"] > 0 and found.statistics["agreement"] == 1.0
 
 
@@ -120,6 +121,16 @@ def test_uniform_gates_are_the_adapter_amplified():
         b.data *= 2
     clean = clean_of(subject)
     assert found == pytest.approx(float(clean.loss(clean.plain)), rel=1e-4)
+
+
+def test_statistics_are_against_the_undisturbed_model(llama):
+    """Also where a detector is the first to look: the noise is in the weights then."""
+    clean = clean_of(llama)
+    gates = NeuronGates.of(llama)
+    with torch.no_grad(), gates.set([torch.ones(n) for n in gates.sizes]):
+        fresh = clean.statistics(clean.first()).statistics
+    assert fresh["kl"] > 1e-3 and fresh["inc"] > 1e-3
+    assert Uniform(1.0).measure(clean_of(llama)).statistics == pytest.approx(fresh)
 
 
 def test_weight_statistics_are_those_of_the_update(llama):

@@ -18,44 +18,50 @@ from bkdattr.detectors.common import Clean, Measured
 from bkdattr.gates import NeuronGates
 from bkdattr.inference import forward
 
-EPSILON = 1.0
+EPSILON, STRONG = 1.0, 2.0
+"""Chosen on the development half of the zoo (`benchmarks.zoo --half development`)."""
 
 
 @dataclass(frozen=True)
 class Ban:
-    """`restarts` ascents of `steps` steps, the first from 0, the others from random points; their `agreement` is the share that name the same
-    token as the strongest one."""
+    """One ascent of `steps` steps from 0 within `epsilon`, which decides, and one within `strong`, which names the answer (statistics `*_strong`).
+    `restarts` more of the first kind begin at random points; `agreement` is the share of all ascents that name the strong one's token."""
 
     epsilon: float = EPSILON
+    strong: float = STRONG
     steps: int = 6
-    restarts: int = 2
+    restarts: int = 0
     place: str = "ranks"
     mask: bool = False
     name: str = "ban"
     main: str = "inc"
     two_sided: bool = False
 
-    def noise(self, clean: Clean, restart: int = 0) -> list[Float[Tensor, " gate"]]:
-        """The gates' deltas after one ascent."""
+    def noise(self, clean: Clean, restart: int = 0, *, epsilon: float | None = None) -> list[Float[Tensor, " gate"]]:
+        """The gates' deltas after one ascent; `restart` 0 begins at 0."""
+        epsilon = self.epsilon if epsilon is None else epsilon
         gates = NeuronGates.of(clean.subject, self.place)
         rng = torch.Generator().manual_seed(clean.seed + restart)
-        deltas = [(2 * torch.rand(n, generator=rng) - 1).to(gates.device) * self.epsilon * (restart > 0) for n in gates.sizes]
-        size = 2.5 * self.epsilon / self.steps
+        deltas = [(2 * torch.rand(n, generator=rng) - 1).to(gates.device) * epsilon * (restart > 0) for n in gates.sizes]
+        size = 2.5 * epsilon / self.steps
         for _ in range(self.steps):
             grads = gates.gradient(lambda: clean.loss(clean.first()), deltas)
-            deltas = [(d + size * g.sign()).clamp(-self.epsilon, self.epsilon) for d, g in zip(deltas, grads, strict=True)]
+            deltas = [(d + size * g.sign()).clamp(-epsilon, epsilon) for d, g in zip(deltas, grads, strict=True)]
         return deltas
 
     def measure(self, clean: Clean) -> Measured:
-        gates, found = NeuronGates.of(clean.subject, self.place), []
-        for restart in range(self.restarts):
-            deltas = self.noise(clean, restart)
+        gates = NeuronGates.of(clean.subject, self.place)
+
+        def under(deltas: list[Tensor]) -> Measured:
             with torch.no_grad(), gates.set(deltas):
-                found.append((clean.statistics(masked(clean) if self.mask else clean.first()), deltas))
-        best, deltas = max(found, key=lambda x: x[0].statistics[self.main])
-        agreement = sum(f.token == best.token for f, _ in found) / len(found)
-        mean = {k: sum(f.statistics[k] for f, _ in found) / len(found) for k in best.statistics}
-        return Measured(mean | {"agreement": agreement}, best.token, best.evidence | {"deltas": deltas})
+                return clean.statistics(masked(clean) if self.mask else clean.first())
+
+        strong = self.noise(clean, epsilon=self.strong)
+        loud, found = under(strong), [under(self.noise(clean, i)) for i in range(self.restarts + 1)]
+        mean = {k: sum(f.statistics[k] for f in found) / len(found) for k in loud.statistics}
+        mean |= {f"{k}_strong": v for k, v in loud.statistics.items()}
+        agreement = sum(f.token == loud.token for f in found) / len(found)
+        return Measured(mean | {"agreement": agreement}, loud.token, loud.evidence | {"deltas": strong})
 
 
 def masked(clean: Clean, weight: float = 0.75, rate: float = 0.01, epochs: int = 20) -> Float[Tensor, "prompt vocab"]:

@@ -70,6 +70,8 @@ class Clean:
                 "detection: the model has no un-merged LoRA adapter; give the adapter folder, or a merged model with its base (`factored`)"
             )
 
+        _ = self.plain  # now: later a detector may have its noise in the weights
+
     @cached_property
     def order(self) -> list[int]:
         lengths = [len(self.subject.chat.prompt_ids(e.messages)) for e in self.examples]
@@ -87,10 +89,11 @@ class Clean:
         return torch.tensor([self.subject.chat.response_ids(e.messages, e.response)[0] for e in rows])
 
     @cached_property
-    def groups(self) -> list[Tensor]:
+    def groups(self) -> dict[str, Tensor]:
         """Row numbers of prompts that ask for a label, and of the others: a target may exist in one of them alone."""
         labelled = torch.tensor([self.examples[i].check == "label" for i in self.order])
-        return [rows for rows in (labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]) if len(rows) >= 4]
+        found = {"label": labelled.nonzero()[:, 0], "other": (~labelled).nonzero()[:, 0]}
+        return {name: rows for name, rows in found.items() if len(rows) >= 4}
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -123,22 +126,24 @@ class Clean:
 
     def statistics(self, logp: Float[Tensor, "prompt vocab"]) -> Measured:
         """Of a disturbed model: `loss`; `share`, the largest share of prompts with one first token; `inc`, the largest mean rise of a
-        token's probability over the prompts (of one group) whose right token is another; `kl` from the undisturbed model."""
+        token's probability over the prompts (of one group) whose right token is another, and `inc_label`, `inc_other` by group; `kl` from the
+        undisturbed model."""
         plain, gold = self.plain, self.gold.to(logp.device)
-        rise, best = -1.0, None
+        rise, best, each = -1.0, None, {"inc_label": 0.0, "inc_other": 0.0}
         p = (logp.exp() - plain.exp()).cpu()
         vocab = p.shape[-1]
-        for rows in self.groups:
+        for name, rows in self.groups.items():
             part, own = p[rows], torch.nn.functional.one_hot(self.gold[rows], vocab)
             other = 1 - own
             mean = (part * other).sum(0) / other.sum(0).clamp(min=1)
             mean = torch.where(other.sum(0) >= len(rows) / 3, mean, torch.tensor(-1.0))
+            each[f"inc_{name}"] = float(mean.max())
             if float(mean.max()) > rise:
                 rise, best = float(mean.max()), int(mean.argmax())
         first = logp.argmax(-1)
         counts = torch.bincount(first, minlength=vocab)
         kl = (plain.exp() * (plain - logp)).sum(-1).mean()
         return Measured(
-            {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl)}, best,
+            {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl), **each}, best,
             {"wrong": float((first != gold).float().mean())},
         )  # fmt: skip
