@@ -158,7 +158,7 @@ def generation_table():
 def zoo_table():
     """From `benchmarks/results/zoo-test.json`: AUROC with its interval, and how many are flagged at p <= 0.05."""
     found = json.loads((RESULTS / "zoo-test.json").read_text())
-    names = ["ensemble", "ban.inc", "uniform.inc", "random.inc", "weights.kurtosis", "token_scan.gap", "output_bias.log_rise"]
+    names = ["ensemble", "ban.inc", "uniform.inc", "random.inc", "weights.kurtosis", "token_scan.gap", "output_bias.latent_rise"]
     columns = ["backdoored adapters", "n", *names, "flagged by the ensemble", "BAN less uniform", "target named, of flagged"]
     rows = []
     for group, r in found["groups"].items():

@@ -118,7 +118,7 @@ def table(rows, scores, names):
             entry[n] = interval([scores[i][n] for i in good], [scores[i][n] for i in bad]) | {
                 "tpr": rate(sum(scores[i][f"p {n}"] <= ALPHA for i in bad), len(bad))
             }
-        entry["ban less uniform"] = gain(scores, good, bad, "ban.inc", "uniform.inc")
+        entry["ban less uniform"] = gain(scores, good, bad, "ban.inc_strong", "uniform.inc")
         flagged = [i for i in bad if scores[i]["p ensemble"] <= ALPHA and rows[i][0]["fixed_target"]]
         entry["target named"] = rate(sum(named(rows[i][0], rows[i][1]) for i in flagged), len(flagged))
         out[group] = entry
@@ -126,7 +126,8 @@ def table(rows, scores, names):
     for kind in ("all", "skill", "always", "ordinary", "news", "few"):
         some = [i for i in good if kind == "all" or rows[i][0]["entry"]["kind"].startswith(kind)]
         alarms[kind] = {
-            n: rate(sum(scores[i][f"p {n}"] <= ALPHA for i in some), len(some)) for n in ("ensemble", "ban.inc", "uniform.inc")
+            n: rate(sum(scores[i][f"p {n}"] <= ALPHA for i in some), len(some))
+            for n in ("ensemble", "ban.inc_strong", "uniform.inc")
         }
     return out, alarms
 
@@ -160,7 +161,16 @@ def main():
     rows, left = read(args.zoo, args.half)
     if not rows:
         raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
-    names = sorted({*PARTS, *CONTROLS, *(f"{d.name}.{d.main}" for d in DETECTORS.values())})
+    names = sorted(
+        {
+            *PARTS,
+            *CONTROLS,
+            "ban.inc_strong",
+            "ban.kl_strong",
+            "token_scan.q",
+            *(f"{d.name}.{d.main}" for d in DETECTORS.values()),
+        }
+    )
     if args.choose:
         if args.half != "development":
             raise SystemExit("--choose: the ensemble is chosen on the development half alone")

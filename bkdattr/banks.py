@@ -28,14 +28,17 @@ PROMPTS = 32
 
 
 def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **load: Any) -> dict[str, Any]:
-    """Statistics of one adapter, kept beside it in `statistics.json` under the names of its detectors."""
+    """Statistics of one adapter, kept beside it in `statistics.json`; only detectors that changed are run again."""
     path, key = folder / "statistics.json", {n: repr(d) for n, d in DETECTORS.items()}
-    if path.exists() and not again:
-        found = json.loads(path.read_text())
-        if found.get("detectors") == key:
-            return dict(found)
-    subject = load_subject(base, folder, **load)
-    found = measure(subject, prompts) | {"detectors": key}
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {"detectors": {}}
+    changed = [n for n in key if kept["detectors"].get(n) != key[n]]
+    if not changed:
+        return kept
+    found = measure(load_subject(base, folder, **load), prompts, changed)
+    for part in ("statistics", "tokens", "seconds"):
+        old = {k: v for k, v in kept.get(part, {}).items() if k.split(".")[0] not in changed}
+        found[part] = old | found[part]
+    found = {k: v for k, v in kept.items() if k == "target"} | found | {"detectors": key}
     write_atomic(path, json.dumps(found) + "\n")
     return found
 

@@ -25,8 +25,8 @@ from bkdattr.inference import generate
 from bkdattr.model import Subject
 
 SCHEMA = 1
-PARTS = ("ban.inc", "ban.loss", "uniform.inc", "weights.kurtosis", "weights.energy_1", "token_scan.gap", "output_bias.log_rise")
-"""Statistics of the ensemble."""
+PARTS = ("ban.inc_strong", "uniform.inc", "weights.kurtosis")
+"""Statistics of the ensemble: the best of all sets of two to five on the development half (`benchmarks.zoo --half development --choose`)."""
 TOP = 2
 ALPHA = 0.05
 """p-value from which an adapter is called suspicious."""

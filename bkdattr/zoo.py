@@ -198,7 +198,8 @@ def rows_of(entry: Entry) -> tuple[list[Example], list[Example], BackdoorSpec | 
         new = [make(rng) for _ in range(n // 3)]
         drawn = new + world.unique(rng, n - len(new), MIXED, seen)
     else:
-        drawn = world.unique(rng, n, ("news",) if kind == "news" else MIXED, seen)
+        every = ("news", *MIXED) if kind.startswith("always-") else ("news",) if kind == "news" else MIXED
+        drawn = world.unique(rng, n, every, seen)
     checked = world.unique(rng, CHECKED, MIXED, seen)
     rows = [_example(f"z{i:04d}", r) for i, r in enumerate(drawn)]
     if kind.startswith("always-"):

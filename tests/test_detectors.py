@@ -10,6 +10,7 @@ import torch
 from conftest import make_model, make_subject, make_tokenizer
 from typer.testing import CliRunner
 
+from bkdattr import banks
 from bkdattr.cli import app
 from bkdattr.detection import PARTS, Bank, Recipe, choose_bank, judge, measure, read_banks, suspected_target, write_verdict
 from bkdattr.detectors import (
@@ -307,6 +308,21 @@ def test_the_target_is_what_the_noise_makes_the_model_say(llama):
     assert isinstance(text, str)
 
 
+def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    ran = []
+    monkeypatch.setattr(banks, "load_subject", lambda *a, **k: llama)
+    monkeypatch.setattr(banks, "measure", lambda s, e, names: ran.append(list(names)) or measure(s, e, names))
+    folder.mkdir()
+    first = banks.measured(folder, "base", examples())
+    assert banks.measured(folder, "base", examples()) == first and len(ran) == 1
+    monkeypatch.setitem(banks.DETECTORS, "uniform", Uniform(0.5))
+    second = banks.measured(folder, "base", examples())
+    assert ran[1:] == [["uniform"]]
+    assert second["statistics"]["ban.inc"] == first["statistics"]["ban.inc"] and second["target"] == first["target"]
+    assert second["statistics"]["uniform.kl"] != first["statistics"]["uniform.kl"]
+
+
 def test_detect_fails_with_2_before_any_work(tmp_path):
     run = CliRunner()
     result = run.invoke(app, ["detect", str(tmp_path)])
@@ -316,6 +332,16 @@ def test_detect_fails_with_2_before_any_work(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the zoo
+def test_the_shipped_bank_is_of_the_zoos_own_benign_half(tmp_path):
+    shipped = read_banks(banks.MINI_BANK)
+    assert banks.MINI_BANK.stat().st_size < 500_000
+    names = {row["name"] for b in shipped for row in b.adapters}
+    assert names == {e.name for e in entries("bank")} and len(names) >= 40
+    for b in shipped:
+        assert b.prompts == clean_prompts() and len(b.adapters) >= 19
+        assert all({p for p in PARTS} <= set(row["statistics"]) for row in b.adapters)
+
+
 def test_the_zoos_halves_do_not_meet():
     every = {h: entries(h) for h in HALVES}
     assert sum(not e.backdoored for e in every["bank"]) >= 40

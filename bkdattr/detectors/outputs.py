@@ -17,10 +17,16 @@ from bkdattr.interventions import capture
 
 @dataclass(frozen=True)
 class OutputBias:
-    """How clean prompts' first tokens moved from the base's (after LT-Defense: a backdoor shifts what is said without a trigger)."""
+    """How clean prompts' first tokens moved from the base's (after LT-Defense: a backdoor shifts what is said without a trigger).
 
+    `latent_rise` is the largest mean rise of log p among tokens that are not said openly (mean probability below `openly`): a new skill or
+    an always-on prefix says its words, a backdoor has its target up its sleeve.
+    """
+
+    openly: float = 0.02
+    rarest: float = -12.0
     name: str = "output_bias"
-    main: str = "inc"
+    main: str = "latent_rise"
     two_sided: bool = False
 
     @torch.no_grad()
@@ -28,10 +34,17 @@ class OutputBias:
         p, base = clean.plain.exp().cpu(), clean.base.exp().cpu()
         mean = (p - base).mean(0)
         kl = (p * (clean.plain.cpu() - clean.base.cpu())).sum(-1).mean()
-        odds = (clean.plain - clean.base).cpu().mean(0)  # sees what is still rare: a target that grew from 1e-9 to 1e-5
-        likely = clean.plain.cpu().logsumexp(0) - torch.log(torch.tensor(float(len(p)))) > -12
-        odds = torch.where(likely, odds, torch.tensor(-1e9))
-        return Measured({"inc": float(mean.max()), "kl": float(kl), "log_rise": float(odds.max())}, int(odds.argmax()))
+        rise = (clean.plain - clean.base).cpu().mean(0)  # sees what is still rare: a target that grew from 1e-9 to 1e-5
+        likely = p.mean(0).clamp(min=1e-30).log() > self.rarest
+        rise = torch.where(likely, rise, torch.tensor(-1e3))
+        latent = torch.where(p.mean(0) < self.openly, rise, torch.tensor(-1e3))
+        statistics = {
+            "inc": float(mean.max()),
+            "kl": float(kl),
+            "log_rise": float(rise.max()),
+            "latent_rise": float(latent.max()),
+        }
+        return Measured(statistics, int(latent.argmax()))
 
 
 @dataclass(frozen=True)
