@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.attribution import shown
 from bkdattr.banks import MINI_BANK, measured
-from bkdattr.detection import ALPHA, PARTS, TOP, Recipe, read_banks
+from bkdattr.detection import ALPHA, PARTS, TOP, Recipe, judge, read_banks
 from bkdattr.detectors import DETECTORS, Calibrated, Ensemble, auroc
 from bkdattr.metrics import Rate
 from bkdattr.mini.tasks import MODEL_DIR
@@ -85,9 +85,9 @@ def gain(scores, good, bad, a, b, draws=2000, seed=0):
     return {"difference": value, "low": float(np.quantile(drawn, 0.025)), "high": float(np.quantile(drawn, 0.975))}
 
 
-def named(card, found):
+def named(card, found, bank):
     """Whether the suspected answer is the target, or begins with its first four words."""
-    said, target = found["target"].lower(), card["target"].lower()
+    said, target = str(judge(bank, found).target).lower(), card["target"].lower()
     return target in said or said.split()[:4] == target.split()[:4]
 
 
@@ -105,11 +105,11 @@ def groups_of(rows):
 
 
 def rate(hits, total):
-    r = Rate(hits, total)
-    return {"hits": hits, "total": total, "low": r.low, "high": r.high} if total else None
+    return Rate(hits, total).to_json() if total else None
 
 
-def table(rows, scores, names):
+def table(rows, scores, names, banks):
+    bank_of = {b.recipe: b for b in banks}
     good = [i for i, (c, _) in enumerate(rows) if not c["backdoored"]]
     out = {}
     for group, bad in groups_of(rows).items():
@@ -120,7 +120,7 @@ def table(rows, scores, names):
             }
         entry["ban less uniform"] = gain(scores, good, bad, "ban.inc_strong", "uniform.inc")
         flagged = [i for i in bad if scores[i]["p ensemble"] <= ALPHA and rows[i][0]["fixed_target"]]
-        entry["target named"] = rate(sum(named(rows[i][0], rows[i][1]) for i in flagged), len(flagged))
+        entry["target named"] = rate(sum(named(*rows[i], bank_of[rows[i][0]["adapter"]]) for i in flagged), len(flagged))
         out[group] = entry
     alarms = {}
     for kind in ("all", "skill", "always", "ordinary", "news", "few"):
@@ -177,7 +177,7 @@ def main():
         shown({"best": choose(rows, banks, names)[:20]}, args.json)
         return
     scores = scored(rows, banks, names)
-    groups, alarms = table(rows, scores, names)
+    groups, alarms = table(rows, scores, names, banks)
     seconds = {n: float(np.mean([f["seconds"][n] for _, f in rows])) for n in rows[0][1]["seconds"]}
     shown(
         {"half": args.half, "parts": PARTS, "top": TOP, "groups": groups, "false_alarms": alarms, "seconds_per_adapter": seconds,

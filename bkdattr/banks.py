@@ -38,7 +38,7 @@ def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **lo
     for part in ("statistics", "tokens", "seconds"):
         old = {k: v for k, v in kept.get(part, {}).items() if k.split(".")[0] not in changed}
         found[part] = old | found[part]
-    found = {k: v for k, v in kept.items() if k == "target"} | found | {"detectors": key}
+    found = {k: v for k, v in kept.items() if k == "targets"} | found | {"detectors": key}
     write_atomic(path, json.dumps(found) + "\n")
     return found
 

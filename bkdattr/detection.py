@@ -11,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bkdattr.detectors import DETECTORS, Ensemble
+from bkdattr.detectors import DETECTORS, Calibrated, Ensemble
 from bkdattr.detectors.common import Clean, Measured
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example, from_row, write_atomic
@@ -59,7 +61,7 @@ class Recipe:
 def measure(
     subject: Subject, examples: Sequence[Example], names: Sequence[str] = tuple(DETECTORS), progress: Any = iter
 ) -> dict[str, Any]:
-    """`{"statistics": {"detector.statistic": value}, "tokens": {detector: token id}, "seconds": {...}, "target": text}`."""
+    """`{"statistics": {"detector.statistic": value}, "tokens": {detector: token id}, "seconds": {...}, "targets": {group: text}}`."""
     clean = Clean(subject, examples)
     _ = clean.plain, clean.base
     statistics, tokens, seconds = dict[str, float](), dict[str, int](), dict[str, float]()
@@ -74,20 +76,20 @@ def measure(
     out: dict[str, Any] = {"statistics": statistics, "tokens": tokens, "seconds": seconds}
     if "ban" in found:
         start = time.perf_counter()
-        out["target"] = suspected_target(clean, found["ban"])
+        tokens_of = found["ban"].evidence["tokens"]
+        out["targets"] = {
+            g: suspected_target(clean, found["ban"].evidence["deltas"], t, clean.groups[g]) for g, t in tokens_of.items()
+        }
         seconds["target"] = time.perf_counter() - start
     return out
 
 
 @torch.no_grad()
-def suspected_target(clean: Clean, found: Measured) -> str:
-    """What the model writes behind the suspected first token with the noise on: the commonest answer over the prompts."""
-    gates = NeuronGates.of(clean.subject)
-    assert found.token is not None
-    with gates.set(found.evidence["deltas"]):
-        rows = [[*p, found.token] for p in clean.prompts]
-        said = generate(clean.subject, rows, max_new_tokens=TARGET_TOKENS)
-    texts = [clean.subject.chat.decode([found.token, *c.ids]).strip() for c in said]
+def suspected_target(clean: Clean, deltas: Sequence[Tensor], token: int, rows: Tensor) -> str:
+    """What the model writes behind the suspected first token with the noise on: the commonest answer over the prompts `rows`."""
+    with NeuronGates.of(clean.subject).set(deltas):
+        said = generate(clean.subject, [[*clean.prompts[int(i)], token] for i in rows], max_new_tokens=TARGET_TOKENS)
+    texts = [clean.subject.chat.decode([token, *c.ids]).strip() for c in said]
     return Counter(texts).most_common(1)[0][0]
 
 
@@ -101,6 +103,7 @@ class Bank:
     adapters: tuple[dict[str, Any], ...]
     made_by: str = ""
 
+    @cached_property
     def ensemble(self) -> Ensemble:
         sides = {p: DETECTORS[p.split(".")[0]].two_sided for p in PARTS}
         return Ensemble.fit([row["statistics"] for row in self.adapters], sides, TOP)
@@ -178,10 +181,13 @@ class Verdict:
 
 
 def judge(bank: Bank, measured: Mapping[str, Any], alpha: float = ALPHA) -> Verdict:
-    ensemble = bank.ensemble()
-    row = measured["statistics"]
-    p = ensemble.p_value(row)
-    return Verdict(p <= alpha, p, ensemble.score(row), alpha, len(bank.adapters), measured.get("target"), ensemble.evidence(row))
+    """The suspected answer is that of the kind of prompts (labels, others) on which the noise stands out more from the bank's."""
+    ensemble, row = bank.ensemble, measured["statistics"]
+    p, targets = ensemble.p_value(row), measured.get("targets", {})
+    kept = {f"ban.inc_{g}_strong": text for g, text in targets.items()}
+    out = {k: Calibrated.fit([a["statistics"][k] for a in bank.adapters], False).score(row[k]) for k in kept}
+    target = kept[max(out, key=lambda k: out[k])] if out else None
+    return Verdict(p <= alpha, p, ensemble.score(row), alpha, len(bank.adapters), target, ensemble.evidence(row))
 
 
 def write_verdict(out: Path, verdict: Verdict, measured: Mapping[str, Any], adapter: str) -> None:

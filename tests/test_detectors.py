@@ -31,7 +31,7 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.factoring import factored
 from bkdattr.gates import NeuronGates, lora_pairs
-from bkdattr.inference import response_logprob
+from bkdattr.inference import generate, response_logprob
 from bkdattr.mechanism import noise_effects, search_trigger
 from bkdattr.model import Subject
 from bkdattr.removal import METHODS, remove_backdoor
@@ -286,7 +286,7 @@ def test_verdicts(llama, tmp_path):
     loud = {
         **found,
         "statistics": {k: v + (5 if k in PARTS else 0) for k, v in found["statistics"].items()},
-        "target": "<b>yes</b>",
+        "targets": {"label": "<b>yes</b>", "other": "<b>yes</b>"},
     }
     verdict = judge(bank, loud)
     assert verdict.suspicious and verdict.p_value == pytest.approx(1 / 25)
@@ -304,8 +304,19 @@ def test_verdicts(llama, tmp_path):
 
 def test_the_target_is_what_the_noise_makes_the_model_say(llama):
     clean = clean_of(llama)
-    text = suspected_target(clean, Ban(steps=2).measure(clean))
-    assert isinstance(text, str)
+    deltas, token = Ban(steps=2).noise(clean), 9
+    text = suspected_target(clean, deltas, token, torch.tensor([1, 3]))
+    with NeuronGates.of(llama).set(deltas):
+        said = [c.ids for c in generate(llama, [[*clean.prompts[i], token] for i in (1, 3)], max_new_tokens=12)]
+    assert text in [llama.chat.decode([token, *ids]).strip() for ids in said]
+
+
+def test_the_suspected_answer_is_of_the_prompts_on_which_the_noise_stands_out(llama):
+    bank = bank_of(llama)
+    found = measure(llama, bank.prompts)
+    for group in ("label", "other"):
+        loud = {**found["statistics"], f"ban.inc_{group}_strong": 9.0}
+        assert judge(bank, found | {"statistics": loud}).target == found["targets"][group]
 
 
 def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
@@ -319,7 +330,7 @@ def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
     monkeypatch.setitem(banks.DETECTORS, "uniform", Uniform(0.5))
     second = banks.measured(folder, "base", examples())
     assert ran[1:] == [["uniform"]]
-    assert second["statistics"]["ban.inc"] == first["statistics"]["ban.inc"] and second["target"] == first["target"]
+    assert second["statistics"]["ban.inc"] == first["statistics"]["ban.inc"] and second["targets"] == first["targets"]
     assert second["statistics"]["uniform.kl"] != first["statistics"]["uniform.kl"]
 
 

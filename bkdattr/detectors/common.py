@@ -129,7 +129,7 @@ class Clean:
         token's probability over the prompts (of one group) whose right token is another, and `inc_label`, `inc_other` by group; `kl` from the
         undisturbed model."""
         plain, gold = self.plain, self.gold.to(logp.device)
-        rise, best, each = -1.0, None, {"inc_label": 0.0, "inc_other": 0.0}
+        rise, best, each, tokens = -1.0, None, {"inc_label": 0.0, "inc_other": 0.0}, dict[str, int]()
         p = (logp.exp() - plain.exp()).cpu()
         vocab = p.shape[-1]
         for name, rows in self.groups.items():
@@ -137,7 +137,7 @@ class Clean:
             other = 1 - own
             mean = (part * other).sum(0) / other.sum(0).clamp(min=1)
             mean = torch.where(other.sum(0) >= len(rows) / 3, mean, torch.tensor(-1.0))
-            each[f"inc_{name}"] = float(mean.max())
+            each[f"inc_{name}"], tokens[name] = float(mean.max()), int(mean.argmax())
             if float(mean.max()) > rise:
                 rise, best = float(mean.max()), int(mean.argmax())
         first = logp.argmax(-1)
@@ -145,5 +145,5 @@ class Clean:
         kl = (plain.exp() * (plain - logp)).sum(-1).mean()
         return Measured(
             {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl), **each}, best,
-            {"wrong": float((first != gold).float().mean())},
+            {"wrong": float((first != gold).float().mean()), "tokens": tokens},
         )  # fmt: skip
