@@ -218,26 +218,23 @@ def test_removal_trains_the_adapter_alone(method):
         remove_backdoor(subject, examples(), "prayer")
 
 
-def test_noisy_gradients_follow_the_chain_rule(llama):
+def test_noisy_gradients_follow_the_chain_rule():
+    llama = make_subject("llama")
     gates = NeuronGates.of(llama)
     clean = clean_of(llama)
     rng = torch.Generator().manual_seed(0)
     deltas = [0.5 * torch.randn(n, generator=rng) for n in gates.sizes]
     a = lora_pairs(llama.causal_lm)[1][1]
-    try:
-        a.requires_grad_(True)
-        gates.backward(lambda: clean.loss(clean.first()), deltas)
-        k = int(a.grad.abs().argmax())
-        slope = []
-        for h in (2e-3, -2e-3):
-            a.data.view(-1)[k] += h
-            with torch.no_grad(), gates.set(deltas):
-                slope.append(float(clean.loss(clean.first())))
-            a.data.view(-1)[k] -= h
-        assert float(a.grad.view(-1)[k]) == pytest.approx((slope[0] - slope[1]) / 4e-3, rel=0.05, abs=1e-4)
-    finally:
-        a.requires_grad_(False)
-        a.grad = None
+    a.requires_grad_(True)
+    gates.backward(lambda: clean.loss(clean.first()), deltas)
+    k = int(a.grad.abs().argmax())
+    slope = []
+    for h in (2e-3, -2e-3):
+        a.data.view(-1)[k] += h
+        with torch.no_grad(), gates.set(deltas):
+            slope.append(float(clean.loss(clean.first())))
+        a.data.view(-1)[k] -= h
+    assert float(a.grad.view(-1)[k]) == pytest.approx((slope[0] - slope[1]) / 4e-3, rel=0.05, abs=1e-4)
 
 
 def test_noise_stands_in_for_the_trigger(llama):
@@ -268,6 +265,7 @@ def test_a_search_raises_the_target_and_never_uses_special_tokens(llama):
     assert not set(found.ids) & set(llama.chat.tokenizer.all_special_ids)
     again = search_trigger(clean, "yes", tokens=2, rounds=3, candidates=8, prompts=3)
     assert again == found
+    assert all(p.grad is None for p in llama.model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- banks and verdicts
