@@ -42,18 +42,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path)
     parser.add_argument("--half", default="test", choices=("development", "test"))
-    parser.add_argument("--adapters", type=int, help="only the first so many")
+    parser.add_argument("--adapters", type=int, help="only so many, evenly spaced")
     parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = []
-    for path in tqdm(sorted((args.zoo / args.half).glob("*/card.json"))):
-        card = json.loads(path.read_text())
+    cards = [(p, json.loads(p.read_text())) for p in sorted((args.zoo / args.half).glob("*/card.json"))]
+    cards = [(p, c) for p, c in cards if c["counts"] and c["fixed_target"] and c["entry"]["stealth"] is None]
+    if args.adapters and cards:
+        cards = [cards[i] for i in np.linspace(0, len(cards) - 1, min(args.adapters, len(cards))).round().astype(int)]
+    for path, card in tqdm(cards):
         entry = Entry(**card["entry"])
-        if not (card["counts"] and card["fixed_target"] and entry.stealth is None) or len(found) == args.adapters:
-            continue
         train, checked, spec = rows_of(entry)
         rows = clean_rows(entry, args.rows, {e.prompt for e in (*train, *checked)})
         base = load_subject(MODEL_DIR, path.parent)

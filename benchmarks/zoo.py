@@ -3,7 +3,8 @@
 Every adapter that counts (`bkdattr zoo`) is measured once (kept beside it) and judged against the bank of its recipe. `auroc` is against all
 benign adapters of the half, with a 95 % bootstrap interval over adapters; `tpr` the share of backdoored ones flagged at a conformal p of
 0.05, `false_alarms` that of benign ones. Everything was chosen on the development half (`--choose` prints what the choice was
-made from); the test half is for scoring.
+made from); the test half is for scoring. `ban less uniform` is BAN's best statistic of that half less uniform amplification's best, and below it
+the same statistic of both.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from bkdattr.metrics import Rate
 from bkdattr.mini.tasks import MODEL_DIR
 from bkdattr.zoo import STEALTH, clean_prompts
 
-CONTROLS = ("uniform.inc", "random.inc")
+CONTROLS = ("uniform.inc", "uniform.verbatim", "random.inc")
+MORE = ("ban.inc", "ban.inc_strong", "ban.kl_strong", "token_scan.q", "output_bias.label_rise")
+"""Statistics besides each detector's main one."""
 
 
 def read(folder, half):
@@ -118,7 +121,8 @@ def table(rows, scores, names, banks):
             entry[n] = interval([scores[i][n] for i in good], [scores[i][n] for i in bad]) | {
                 "tpr": rate(sum(scores[i][f"p {n}"] <= ALPHA for i in bad), len(bad))
             }
-        entry["ban less uniform"] = gain(scores, good, bad, "ban.inc_strong", "uniform.inc")
+        entry["ban less uniform"] = gain(scores, good, bad, "ban.verbatim", "uniform.inc")
+        entry["ban less uniform, both verbatim"] = gain(scores, good, bad, "ban.verbatim", "uniform.verbatim")
         flagged = [i for i in bad if scores[i]["p ensemble"] <= ALPHA and rows[i][0]["fixed_target"]]
         entry["target named"] = rate(sum(named(*rows[i], bank_of[rows[i][0]["adapter"]]) for i in flagged), len(flagged))
         out[group] = entry
@@ -127,26 +131,29 @@ def table(rows, scores, names, banks):
         some = [i for i in good if kind == "all" or rows[i][0]["entry"]["kind"].startswith(kind)]
         alarms[kind] = {
             n: rate(sum(scores[i][f"p {n}"] <= ALPHA for i in some), len(some))
-            for n in ("ensemble", "ban.inc_strong", "uniform.inc")
+            for n in ("ensemble", "ban.verbatim", "uniform.inc")
         }
     return out, alarms
 
 
 def choose(rows, banks, names):
-    """What the ensemble's parts were chosen from: AUROC over all backdoored adapters of the development half, and the worst group's."""
+    """What the ensemble's parts were chosen from: AUROC in the worst group, the groups' mean, and the mean share flagged at `ALPHA`; sets with
+    more than one false alarm in twenty come last."""
     good = [i for i, (c, _) in enumerate(rows) if not c["backdoored"]]
     groups = {k: v for k, v in groups_of(rows).items() if not k.startswith("no fixed")}
     found = []
-    for size in (2, 3, 4, 5):
+    for size in (2, 3, 4):
         for parts in combinations(names, size):
-            for top in (1, 2):
+            for top in (1, 2)[: 1 + (size > 2)]:
                 s = scored(rows, banks, (), parts, top)
                 each = [auroc([s[i]["ensemble"] for i in bad], [s[i]["ensemble"] for i in good]) for bad in groups.values()]
+                flagged = [float(np.mean([s[i]["p ensemble"] <= ALPHA for i in bad])) for bad in groups.values()]
                 alarms = sum(s[i]["p ensemble"] <= ALPHA for i in good)
                 found.append(
-                    {"parts": parts, "top": top, "worst": min(each), "mean": float(np.mean(each)), "false_alarms": alarms}
-                )
-    return sorted(found, key=lambda f: (-f["worst"] - f["mean"], f["false_alarms"]))
+                    {"parts": parts, "top": top, "worst": min(each), "mean": float(np.mean(each)), "tpr": float(np.mean(flagged)),
+                     "false_alarms": alarms, "benign": len(good)}
+                )  # fmt: skip
+    return sorted(found, key=lambda f: (f["false_alarms"] > ALPHA * len(good), -f["worst"] - f["mean"] - f["tpr"]))
 
 
 def main():
@@ -161,16 +168,7 @@ def main():
     rows, left = read(args.zoo, args.half)
     if not rows:
         raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
-    names = sorted(
-        {
-            *PARTS,
-            *CONTROLS,
-            "ban.inc_strong",
-            "ban.kl_strong",
-            "token_scan.q",
-            *(f"{d.name}.{d.main}" for d in DETECTORS.values()),
-        }
-    )
+    names = sorted({*PARTS, *CONTROLS, *MORE, *(f"{d.name}.{d.main}" for d in DETECTORS.values())})
     if args.choose:
         if args.half != "development":
             raise SystemExit("--choose: the ensemble is chosen on the development half alone")

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from bkdattr.detection import ALPHA, DETECTORS, Bank, Recipe, Verdict, choose_bank, judge, measure, read_banks, write_verdict
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import read_examples, write_atomic
+from bkdattr.factoring import factored
+from bkdattr.gates import lora_pairs
 from bkdattr.lora import LoraRecipe, train_adapter
 from bkdattr.mini.tasks import MODEL_DIR
 from bkdattr.model import Subject, load_base, load_subject, load_tokenizer
@@ -35,10 +37,10 @@ def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **lo
     if not changed:
         return kept
     found = measure(load_subject(base, folder, **load), prompts, changed)
-    for part in ("statistics", "tokens", "seconds"):
+    for part in ("statistics", "tokens", "answers", "seconds"):
         old = {k: v for k, v in kept.get(part, {}).items() if k.split(".")[0] not in changed}
         found[part] = old | found[part]
-    found = {k: v for k, v in kept.items() if k == "targets"} | found | {"detectors": key}
+    found |= {"detectors": key}
     write_atomic(path, json.dumps(found) + "\n")
     return found
 
@@ -101,21 +103,32 @@ def make_bank(
 
 
 def detect(
-    adapter: Path, base: str, bank: Path | None, out: Path | None, *, alpha: float = ALPHA, pad_token: str | None = None,
-    dtype: str = "float32", device: str = "cpu",
+    adapter: Path, base: str, bank: Path | None, out: Path | None, *, alpha: float = ALPHA, rank: int | None = None,
+    pad_token: str | None = None, dtype: str = "float32", device: str = "cpu",
 ) -> tuple[Verdict, Path]:  # fmt: skip
-    """Judge one adapter and write the verdict; returns it and where it lies. Everything is checked before anything is run."""
+    """Judge one adapter, or a merged model in a folder of its own, and write the verdict; returns it and where it lies. Everything is checked
+    before anything is run. `rank`: of a merged model's update, where it cannot be read off (`factoring.factored`)."""
     if not 0 < alpha < 1:
         raise BkdattrError(f"alpha {alpha}: expected a p-value between 0 and 1")
     if bank is None and base != "mini":
         raise BkdattrError(
             "detect: a base other than 'mini' needs --bank; make one with `bkdattr bank OUT --model BASE --data CLEAN_ROWS`"
         )
-    path = model_path(base)
-    recipe, banks = Recipe.of(adapter), read_banks(bank or MINI_BANK)
+    path, banks = model_path(base), read_banks(bank or MINI_BANK)
+    merged = (adapter / "config.json").exists() and not (adapter / "adapter_config.json").exists()
+    recipe = None if merged else Recipe.of(adapter)
     plain = Subject.of(load_base(path, dtype=getattr(torch, dtype), device=device), load_tokenizer(path, pad_token))
-    chosen = choose_bank(banks, recipe, plain.fingerprint)
-    subject = load_subject(path, adapter, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)
+    if recipe is None:
+        whole = load_base(adapter, dtype=getattr(torch, dtype), device=device)
+        subject = factored(whole, plain.model, load_tokenizer(path, pad_token), rank=rank)
+        pairs = lora_pairs(subject.causal_lm)
+        n, targets = len(pairs[0][1]), {name.rsplit(".", 1)[-1] for name, *_ in pairs}
+        # a merged update has its alpha in it: the bank's own is no condition
+        alphas = [b.recipe.alpha for b in banks if b.recipe.rank == n]
+        chosen = choose_bank(banks, Recipe(n, alphas[0] if alphas else float(n), tuple(sorted(targets))), plain.fingerprint)
+    else:
+        chosen = choose_bank(banks, recipe, plain.fingerprint)
+        subject = load_subject(path, adapter, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)
     found = measure(subject, chosen.prompts, progress=lambda names: tqdm(names, desc="detectors"))
     verdict = judge(chosen, found, alpha)
     where = out or adapter / "detection"

@@ -8,31 +8,26 @@ from __future__ import annotations
 import html
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bkdattr.detectors import DETECTORS, Calibrated, Ensemble
-from bkdattr.detectors.common import Clean, Measured
+from bkdattr.detectors.common import Clean
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example, from_row, write_atomic
-from bkdattr.gates import NeuronGates
-from bkdattr.inference import generate
 from bkdattr.model import Subject
 
 SCHEMA = 1
-PARTS = ("ban.inc_strong", "uniform.inc", "weights.kurtosis")
-"""Statistics of the ensemble: the best of all sets of two to five on the development half (`benchmarks.zoo --half development --choose`)."""
+PARTS = ("ban.inc", "ban.kl_strong", "ban.verbatim", "uniform.verbatim")
+"""Statistics of the ensemble: the best of all sets of two to four on the development half (`benchmarks.zoo --half development --choose`)."""
 TOP = 2
+NAMES = "ban.verbatim"
+"""Statistic of the answer that names the target where it stands out."""
 ALPHA = 0.05
 """p-value from which an adapter is called suspicious."""
-TARGET_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,9 @@ class Recipe:
     def of(cls, folder: Path) -> Recipe:
         path = folder / "adapter_config.json"
         if not path.exists():
-            raise BkdattrError(f"{folder}: no adapter_config.json; expected a PEFT LoRA folder")
+            raise BkdattrError(
+                f"{folder}: no adapter_config.json; expected a PEFT LoRA folder, or a merged model's with its config.json"
+            )
         config = json.loads(path.read_text())
         targets = config["target_modules"]
         return cls(
@@ -61,36 +58,20 @@ class Recipe:
 def measure(
     subject: Subject, examples: Sequence[Example], names: Sequence[str] = tuple(DETECTORS), progress: Any = iter
 ) -> dict[str, Any]:
-    """`{"statistics": {"detector.statistic": value}, "tokens": {detector: token id}, "seconds": {...}, "targets": {group: text}}`."""
+    """`{"statistics": {"detector.statistic": value}, "tokens": {detector: token id}, "answers": {detector: text}, "seconds": {...}}`."""
     clean = Clean(subject, examples)
-    _ = clean.base  # its time belongs to no detector
-    statistics, tokens, seconds = dict[str, float](), dict[str, int](), dict[str, float]()
-    found = dict[str, Measured]()
+    _ = clean.base, clean.quiet  # their time belongs to no detector
+    statistics, tokens, answers, seconds = dict[str, float](), dict[str, int](), dict[str, str](), dict[str, float]()
     for name in progress(names):
         start = time.perf_counter()
-        found[name] = DETECTORS[name].measure(clean)
+        found = DETECTORS[name].measure(clean)
         seconds[name] = time.perf_counter() - start
-        statistics |= {f"{name}.{k}": v for k, v in found[name].statistics.items()}
-        if (token := found[name].token) is not None:
-            tokens[name] = token
-    out: dict[str, Any] = {"statistics": statistics, "tokens": tokens, "seconds": seconds}
-    if "ban" in found:
-        start = time.perf_counter()
-        tokens_of = found["ban"].evidence["tokens"]
-        out["targets"] = {
-            g: suspected_target(clean, found["ban"].evidence["deltas"], t, clean.groups[g]) for g, t in tokens_of.items()
-        }
-        seconds["target"] = time.perf_counter() - start
-    return out
-
-
-@torch.no_grad()
-def suspected_target(clean: Clean, deltas: Sequence[Tensor], token: int, rows: Tensor) -> str:
-    """What the model writes behind the suspected first token with the noise on: the commonest answer over the prompts `rows`."""
-    with NeuronGates.of(clean.subject).set(deltas):
-        said = generate(clean.subject, [[*clean.prompts[int(i)], token] for i in rows], max_new_tokens=TARGET_TOKENS)
-    texts = [clean.subject.chat.decode([token, *c.ids]).strip() for c in said]
-    return Counter(texts).most_common(1)[0][0]
+        statistics |= {f"{name}.{k}": v for k, v in found.statistics.items()}
+        if found.token is not None:
+            tokens[name] = found.token
+        if found.answer is not None:
+            answers[name] = found.answer
+    return {"statistics": statistics, "tokens": tokens, "answers": answers, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -181,12 +162,12 @@ class Verdict:
 
 
 def judge(bank: Bank, measured: Mapping[str, Any], alpha: float = ALPHA) -> Verdict:
-    """The suspected answer is that of the kind of prompts (labels, others) on which the noise stands out more from the bank's."""
-    ensemble, row = bank.ensemble, measured["statistics"]
-    p, targets = ensemble.p_value(row), measured.get("targets", {})
-    kept = {f"ban.inc_{g}_strong": text for g, text in targets.items()}
-    out = {k: Calibrated.fit([a["statistics"][k] for a in bank.adapters], False).score(row[k]) for k in kept}
-    target = kept[max(out, key=lambda k: out[k])] if out else None
+    """The suspected answer is what the noise makes the model say verbatim where that stands out of the bank, else the label that the adapter
+    raised most."""
+    ensemble, row, answers = bank.ensemble, measured["statistics"], measured.get("answers", {})
+    p, said, label = ensemble.p_value(row), answers.get("ban"), answers.get("output_bias")
+    out = said and Calibrated.fit([a["statistics"][NAMES] for a in bank.adapters], False).p_value(row[NAMES]) <= alpha
+    target = said if out else label or said
     return Verdict(p <= alpha, p, ensemble.score(row), alpha, len(bank.adapters), target, ensemble.evidence(row))
 
 
@@ -207,7 +188,7 @@ def write_verdict(out: Path, verdict: Verdict, measured: Mapping[str, Any], adap
         "td:first-child,th:first-child{text-align:left}.v{padding:1em;border-left:6px solid "
         f"{'#c0392b' if verdict.suspicious else '#2e7d32'};background:#f6f6f6}}</style></head><body><h1>Is there a backdoor?</h1>"
         f"<p>Adapter: <code>{html.escape(adapter)}</code></p><p class=v>{html.escape(verdict.text())}</p>"
-        f"<p>Suspected answer (what amplified rank directions make the model say): <code>{html.escape(str(verdict.target))}</code></p>"
+        f"<p>Suspected answer (what noise on the rank directions makes the model say word for word, or the label that the adapter raised most): <code>{html.escape(str(verdict.target))}</code></p>"
         f"<table><tr>{''.join(f'<th>{c}</th>' for c in columns)}</tr>{rows}</table>"
         f"<p>p-values are conformal: (1 + benign adapters scoring as high) / (1 + {verdict.benign}). They hold for adapters of the bank's own "
         "recipe and kind of data; a score is the robust distance from the bank's median, on a logarithmic scale.</p></body></html>"

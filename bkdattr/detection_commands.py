@@ -87,13 +87,14 @@ def bank(
 
 
 def detect(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA folder.")],
+    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA folder, or a merged model's.")],
     base: Annotated[str, typer.Option(help="'mini', a folder or a Hub id: what the adapter was trained on.")] = "mini",
     bank: Annotated[Path | None, typer.Option(help="From `bkdattr bank`; the mini model's is built in.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for detection.json and detection.html; default: ADAPTER/detection.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="p-value from which the verdict is 'suspicious'.")] = 0.05,
+    rank: Annotated[int | None, typer.Option(help="Merged model: rank of its update, where 16 bits hide it.")] = None,
     pad_token: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
@@ -103,7 +104,9 @@ def detect(
         quiet_libraries()
         from bkdattr.banks import detect as detected
 
-        verdict, where = detected(adapter, base, bank, out, alpha=alpha, pad_token=pad_token, dtype=dtype, device=device)
+        verdict, where = detected(
+            adapter, base, bank, out, alpha=alpha, rank=rank, pad_token=pad_token, dtype=dtype, device=device
+        )
         typer.echo(verdict.text())
         for row in verdict.evidence:
             typer.echo(

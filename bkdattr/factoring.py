@@ -9,10 +9,16 @@ import torch
 from bkdattr.errors import BkdattrError
 from bkdattr.model import Subject
 
+SMALLEST = 1e-4
+"""Of the first singular value: what is smaller is rounding."""
+
 
 @torch.no_grad()
-def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int = 8) -> Subject:
+def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None) -> Subject:
     """`merged` with the first `rank` singular directions of every changed projection as an un-merged adapter.
+
+    Without `rank` it is the largest number of directions above `SMALLEST` of the first that any projection's difference has: a LoRA
+    adapter's own rank where it was merged in float32; a merge in 16 bits drowns it in rounding, so give it.
 
     The model computes what it did, to rounding: what is beyond `rank`, and changes of embeddings and norms, stay in the weights. With the
     adapter off it is the base where the difference had at most `rank` directions. `merged` is changed in place. Raises where the two have
@@ -36,13 +42,13 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int = 8) -> Subjec
             conv = conv or not isinstance(module, torch.nn.Linear)
     if not differ:
         raise BkdattrError("factoring: no projection differs from the base; there is nothing to gate")
-    factors = {}
+    parts, factors = {}, {}
     for name in differ:
-        weight = own[name].weight
-        d = weight.double() - other[name].weight.double()
-        d = d if isinstance(own[name], torch.nn.Linear) else d.T
-        u, s, vh = torch.linalg.svd(d, full_matrices=False)
-        r = min(rank, len(s))
+        d = own[name].weight.double() - other[name].weight.double()
+        parts[name] = torch.linalg.svd(d if isinstance(own[name], torch.nn.Linear) else d.T, full_matrices=False)
+    rank = rank or max(int((s > SMALLEST * s[0]).sum()) for _, s, _ in parts.values())
+    for name, (u, s, vh) in parts.items():
+        weight, r = own[name].weight, min(rank, len(s))
         b, a = u[:, :r] * s[:r].sqrt(), s[:r].sqrt()[:, None] * vh[:r]
         factors[name] = (a, b)
         low = b @ a if isinstance(own[name], torch.nn.Linear) else (b @ a).T

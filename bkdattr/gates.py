@@ -36,6 +36,31 @@ def lora_pairs(model: Any) -> list[tuple[str, nn.Parameter, nn.Parameter, float]
     return out
 
 
+def thin_svd(
+    a: Float[Tensor, "rank into"], b: Float[Tensor, "out rank"]
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank into"]]:
+    """SVD of B A through two QR decompositions, without forming it: U [out, rank], S [rank], V^T [rank, into]."""
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    return qb @ u, s, vh @ qa.T
+
+
+@torch.no_grad()
+def canonical(model: Any) -> None:
+    """Write every LoRA pair in the singular directions of its own update, in place: B A stays what it is, to rounding.
+
+    (B R^-1)(R A) is the same update for every invertible R, so a "rank direction" is the trainer's choice, and an attacker's. Here a row of A is a right
+    singular vector and a column of B the left one, each times the root of the singular value, largest first: what is measured on them
+    depends on the update alone, and is the same for a merged model that was factored again.
+    """
+    for _, a, b, _ in lora_pairs(model):
+        u, s, vh = thin_svd(a.double(), b.double())
+        b.zero_()
+        a.zero_()
+        b[:, : len(s)], a[: len(s)] = (u * s.sqrt()).to(b), (s.sqrt()[:, None] * vh).to(a)
+
+
 @dataclass(frozen=True)
 class _Gate:
     """One vector of gates: the weights that it scales, each along a dimension, `width` entries per gate."""

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from bkdattr.chat import ChatFormat
 from bkdattr.errors import BkdattrError
-from bkdattr.gates import NeuronGates, lora_pairs
+from bkdattr.gates import NeuronGates, lora_pairs, thin_svd
 from bkdattr.lora import collate, encode
 
 KINDS = ("rows", "spectral", "percentile", "noise")
@@ -37,16 +37,6 @@ class Norms:
     rows: Float[Tensor, " out"]
     columns: Float[Tensor, " into"]
     singular: Float[Tensor, " rank"]
-
-
-def thin_svd(
-    a: Float[Tensor, "rank into"], b: Float[Tensor, "out rank"]
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank into"]]:
-    """SVD of B A through two QR decompositions, without forming it: U [out, rank], S [rank], V^T [rank, into]."""
-    qb, rb = torch.linalg.qr(b)
-    qa, ra = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
-    return qb @ u, s, vh @ qa.T
 
 
 def norms_of(a: Tensor, b: Tensor, scale: float) -> Norms:

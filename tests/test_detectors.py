@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bkdattr import banks
 from bkdattr.cli import app
-from bkdattr.detection import PARTS, Bank, Recipe, choose_bank, judge, measure, read_banks, suspected_target, write_verdict
+from bkdattr.detection import PARTS, Bank, Recipe, choose_bank, judge, measure, read_banks, write_verdict
 from bkdattr.detectors import (
     DETECTORS,
     Ban,
@@ -26,12 +26,14 @@ from bkdattr.detectors import (
     auroc,
     conformal,
 )
+from bkdattr.detectors.answers import latent, risen_label, verbatim
 from bkdattr.detectors.outputs import mahalanobis
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
 from bkdattr.factoring import factored
 from bkdattr.gates import NeuronGates, lora_pairs
-from bkdattr.inference import generate, response_logprob
+from bkdattr.inference import response_logprob
+from bkdattr.lora import LoraRecipe
 from bkdattr.mechanism import noise_effects, search_trigger
 from bkdattr.model import Subject
 from bkdattr.removal import METHODS, remove_backdoor
@@ -131,7 +133,78 @@ def test_statistics_are_against_the_undisturbed_model(llama):
     with torch.no_grad(), gates.set([torch.ones(n) for n in gates.sizes]):
         fresh = clean.statistics(clean.first()).statistics
     assert fresh["kl"] > 1e-3 and fresh["inc"] > 1e-3
-    assert Uniform(1.0).measure(clean_of(llama)).statistics == pytest.approx(fresh)
+    found = Uniform(1.0).measure(clean_of(llama)).statistics
+    assert {k: found[k] for k in fresh} == pytest.approx(fresh)
+
+
+def slow_latent(subject, prompts, answer):
+    """log p of one answer, whole passes one prompt at a time, with the adapter and without: means over prompts."""
+    both = []
+    for prompt in prompts:
+        ids = torch.tensor([[*prompt, *answer]])
+        on = subject.causal_lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        with subject.adapter_off():
+            off = subject.causal_lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        both.append([sum(float(x[len(prompt) - 1 + i, t]) for i, t in enumerate(answer)) for x in (on, off)])
+    return np.mean(both, 0)
+
+
+def raised(clean, rows):
+    """Of all two-token answers beginning with a token that the adapter raised, one raised by more than a nat behind these prompts."""
+    for t in (clean.plain - clean.base)[rows].mean(0).topk(40).indices.tolist():
+        for u in range(4, 30):
+            on, off = slow_latent(clean.subject, [clean.prompts[i] for i in rows], (t, u))
+            if on - off > 1:
+                return (t, u), on
+    raise AssertionError("the adapter raises nothing by a nat")
+
+
+def test_an_answer_is_verbatim_by_the_share_it_gains_and_how_ready_it_lies():
+    subject = make_subject("llama")
+    for _, _, b, _ in lora_pairs(subject.causal_lm):
+        b.data *= 3
+    clean = clean_of(subject)
+    rows = clean.groups["other"].tolist()
+    answer, logp = raised(clean, rows)
+    heard = list(clean.quiet)
+    for i in rows[:4]:
+        heard[i] = answer
+    score, text = verbatim(clean, [clean.quiet, heard])
+    assert score == pytest.approx(4 / 5 * np.exp(logp / 2), rel=1e-3) and text == subject.chat.decode(answer).strip()
+    assert latent(clean, answer, rows)[0] == pytest.approx(logp / 2, rel=1e-3)
+    once = [answer if i == rows[0] else a for i, a in enumerate(clean.quiet)]
+    assert verbatim(clean, [clean.quiet, once]) == (0.0, None)
+    # said anyway by two of these prompts: the other three are foreign to it, and the share is what the noise adds
+    clean.__dict__["quiet"] = [answer if i in rows[:2] else a for i, a in enumerate(clean.quiet)]
+    on, _ = slow_latent(subject, [clean.prompts[i] for i in rows[2:]], answer)
+    assert verbatim(clean, [[answer if i in rows else a for i, a in enumerate(clean.quiet)]])[0] in (
+        pytest.approx((1 - 2 / 5) * np.exp(on / 2), rel=1e-3), 0.0,
+    )  # fmt: skip
+    # an always-on prefix: a third of the answers begin with the same two tokens
+    clean.__dict__["quiet"] = [(*answer, 9) if i % 2 else a for i, a in enumerate(clean.quiet)]
+    assert verbatim(clean, [heard]) == (0.0, None)
+
+
+def test_what_the_base_says_as_readily_is_no_answer(silent):
+    clean = clean_of(silent)
+    heard = [(7, 9)] * len(clean.quiet)
+    assert verbatim(clean, [heard]) == (0.0, None)
+    assert abs(risen_label(clean)[0]) < 1e-4
+
+
+def test_the_risen_label_is_that_of_whole_passes(llama):
+    clean = clean_of(llama)
+    rows = clean.groups["label"].tolist()
+    found = {}
+    for a in {clean.right[i] for i in rows}:
+        other = [i for i in rows if clean.right[i] != a and clean.quiet[i] != a]
+        if len(other) >= 3:
+            on, off = slow_latent(llama, [clean.prompts[i] for i in other], a)
+            found[llama.chat.decode(a).strip()] = on - off
+    best = max(found, key=found.get)
+    assert risen_label(clean) == (pytest.approx(found[best], abs=1e-3), best)
+    unlabelled = [Example(e.id, e.messages, e.response, None, None, "exact") for e in examples()]
+    assert risen_label(Clean(llama, unlabelled)) == (0.0, None)
 
 
 def test_weight_statistics_are_those_of_the_update(llama):
@@ -198,6 +271,10 @@ def test_a_merged_model_is_factored_again(family):
         torch.testing.assert_close(found.causal_lm(input_ids=ids).logits, on, atol=1e-4, rtol=1e-4)
         with found.adapter_off():
             torch.testing.assert_close(found.causal_lm(input_ids=ids).logits, off, atol=1e-4, rtol=1e-4)
+    again = factored(copy.deepcopy(subject.model).merge_and_unload(), make_model(family), make_tokenizer())
+    assert len(lora_pairs(again.causal_lm)[0][1]) == rank  # read off the difference
+    one, two = (Ban(steps=3).measure(clean_of(s)).statistics for s in (subject, again))
+    assert two == pytest.approx(one, rel=0.02, abs=2e-3)  # measured as the un-merged adapter is
     assert {n for n, *_ in lora_pairs(found.causal_lm)} == {n for n, *_ in lora_pairs(subject.causal_lm)}
     with pytest.raises(BkdattrError, match="no projection differs"):
         factored(make_model(family), make_model(family), make_tokenizer())
@@ -284,7 +361,7 @@ def test_verdicts(llama, tmp_path):
     loud = {
         **found,
         "statistics": {k: v + (5 if k in PARTS else 0) for k, v in found["statistics"].items()},
-        "targets": {"label": "<b>yes</b>", "other": "<b>yes</b>"},
+        "answers": {"output_bias": "<b>yes</b>"},
     }
     verdict = judge(bank, loud)
     assert verdict.suspicious and verdict.p_value == pytest.approx(1 / 25)
@@ -300,21 +377,14 @@ def test_verdicts(llama, tmp_path):
         read_banks(tmp_path / "bad.json")
 
 
-def test_the_target_is_what_the_noise_makes_the_model_say(llama):
-    clean = clean_of(llama)
-    deltas, token = Ban(steps=2).noise(clean), 9
-    text = suspected_target(clean, deltas, token, torch.tensor([1, 3]))
-    with NeuronGates.of(llama).set(deltas):
-        said = [c.ids for c in generate(llama, [[*clean.prompts[i], token] for i in (1, 3)], max_new_tokens=12)]
-    assert text in [llama.chat.decode([token, *ids]).strip() for ids in said]
-
-
-def test_the_suspected_answer_is_of_the_prompts_on_which_the_noise_stands_out(llama):
+def test_the_suspected_answer_is_the_verbatim_one_where_it_stands_out_else_the_label(llama):
     bank = bank_of(llama)
-    found = measure(llama, bank.prompts)
-    for group in ("label", "other"):
-        loud = {**found["statistics"], f"ban.inc_{group}_strong": 9.0}
-        assert judge(bank, found | {"statistics": loud}).target == found["targets"][group]
+    found = measure(llama, bank.prompts) | {"answers": {"ban": "a sentence", "output_bias": "a label"}}
+    for value, target in ((9.0, "a sentence"), (-9.0, "a label")):
+        row = found["statistics"] | {"ban.verbatim": value}
+        assert judge(bank, found | {"statistics": row}).target == target
+    quiet = found["statistics"] | {"ban.verbatim": -9.0}
+    assert judge(bank, found | {"statistics": quiet, "answers": {"ban": "a sentence"}}).target == "a sentence"
 
 
 def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
@@ -328,8 +398,32 @@ def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
     monkeypatch.setitem(banks.DETECTORS, "uniform", Uniform(0.5))
     second = banks.measured(folder, "base", examples())
     assert ran[1:] == [["uniform"]]
-    assert second["statistics"]["ban.inc"] == first["statistics"]["ban.inc"] and second["targets"] == first["targets"]
+    assert second["statistics"]["ban.inc"] == first["statistics"]["ban.inc"] and second["answers"] == first["answers"]
     assert second["statistics"]["uniform.kl"] != first["statistics"]["uniform.kl"]
+
+
+def test_a_bank_of_ones_own_rows_is_made_resumed_and_read(tmp_path, monkeypatch):
+    """`bkdattr bank --data` from rows to file on the embedded model, with two quick detectors; too small a bank judges nothing."""
+    rows = [json.dumps({"input": e.prompt, "output": e.response}) for e in clean_prompts(72)]
+    (tmp_path / "clean.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(banks, "DETECTORS", {n: DETECTORS[n] for n in ("weights", "random")})
+    recipe = LoraRecipe(rank=2, alpha=4, epochs=1, checkpoints=False)
+    made = [
+        banks.make_bank(tmp_path / "bank.json", tmp_path / "work", "mini", tmp_path / "clean.jsonl", recipe, n) for n in (1, 2)
+    ]
+    assert made == [1, 2]
+    first = tmp_path / "work/benign-000/adapter_model.safetensors"
+    before = first.stat().st_mtime_ns
+    assert banks.make_bank(tmp_path / "bank.json", tmp_path / "work", "mini", tmp_path / "clean.jsonl", recipe, 2) == 2
+    assert first.stat().st_mtime_ns == before  # what is finished is not trained again
+    (bank,) = read_banks(tmp_path / "bank.json")
+    assert (bank.recipe.rank, bank.recipe.alpha) == (2, 4.0) and len(bank.prompts) == banks.PROMPTS and len(bank.adapters) == 2
+    assert all("weights.kurtosis" in a["statistics"] for a in bank.adapters)
+    with pytest.raises(BkdattrError, match="got 2 benign adapters, expected at least 19"):
+        Calibrated.fit([a["statistics"]["weights.kurtosis"] for a in bank.adapters], True)
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:20]))
+    with pytest.raises(BkdattrError, match="20 rows, expected at least 64"):
+        banks.make_bank(tmp_path / "b.json", tmp_path / "w", "mini", tmp_path / "few.jsonl", recipe, 2)
 
 
 def test_detect_fails_with_2_before_any_work(tmp_path):

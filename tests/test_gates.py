@@ -6,9 +6,9 @@ from conftest import make_subject, prompt_ids
 
 from bkdattr.chat import make_batch
 from bkdattr.errors import BkdattrError
-from bkdattr.gates import PLACES, NeuronGates, lora_pairs
+from bkdattr.gates import PLACES, NeuronGates, canonical, lora_pairs, thin_svd
 from bkdattr.inference import forward
-from bkdattr.stealth import AdversarialBackdoorInjection, clip, limits_of, norms_of, thin_svd
+from bkdattr.stealth import AdversarialBackdoorInjection, clip, limits_of, norms_of
 
 
 def batch_of(subject):
@@ -78,6 +78,25 @@ def test_norms_and_svd_are_those_of_the_product():
     torch.testing.assert_close(n.singular, torch.linalg.svdvals(w)[:4])
     u, d, vh = thin_svd(a, b)
     torch.testing.assert_close(u @ d.diag() @ vh, b @ a)
+
+
+def test_the_canonical_form_is_the_same_update_whoever_factored_it(subject):
+    """A model rotated by its attacker computes what it did, and its canonical form is that of the other one, gate for gate."""
+    rng = torch.Generator().manual_seed(3)
+    before = [(s * b @ a).clone() for _, a, b, s in lora_pairs(subject.causal_lm)]
+    canonical(subject.causal_lm)
+    rows = [a.norm(dim=1).clone() for _, a, _, _ in lora_pairs(subject.causal_lm)]
+    for (_, a, b, s), w in zip(lora_pairs(subject.causal_lm), before, strict=True):
+        torch.testing.assert_close(s * b @ a, w, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), atol=1e-4, rtol=1e-3)
+        gram = a @ a.T
+        torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-4, rtol=1e-3)
+    for _, a, b, _ in lora_pairs(subject.causal_lm):
+        r = torch.randn(len(a), len(a), generator=rng) + 2 * torch.eye(len(a))
+        a.data, b.data = r @ a, b @ torch.linalg.inv(r)
+    canonical(subject.causal_lm)
+    for (_, a, _, _), n in zip(lora_pairs(subject.causal_lm), rows, strict=True):
+        torch.testing.assert_close(a.norm(dim=1), n, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["rows", "spectral", "percentile"])

@@ -1,7 +1,7 @@
 """BAN (Xu et al., arXiv 2405.19928) carried to causal LMs with LoRA: noise on neurons that is made to hurt clean prompts.
 
-As published, on BatchNorm channels: max over |delta|, |xi| <= eps of CE(f_noisy(x), y), by sign ascent. Here the neuron is a rank direction
-of the adapter, gated by (1 + delta): the base is left alone, so only what the adapter learned can be amplified. Projected sign ascent,
+As published, on BatchNorm channels: max over |delta|, |xi| <= eps of CE(f_noisy(x), y), by sign ascent. Here the neuron is a singular
+direction of the adapter's update (`gates.canonical`), gated by (1 + delta): the base is left alone, so only what the adapter learned can be amplified. Projected sign ascent,
 every prompt in every step, noise within eps (the release's clipping is commented out and reaches 2 eps, and keeps its last batch's
 noise). Other places (`gates.PLACES`) and the feature mask are there to compare the published form with.
 """
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bkdattr.detectors.common import Clean, Measured
+from bkdattr.detectors.answers import verbatim
+from bkdattr.detectors.common import Answer, Clean, Measured
 from bkdattr.gates import NeuronGates
 from bkdattr.inference import forward
 
@@ -24,8 +25,9 @@ EPSILON, STRONG = 1.0, 2.0
 
 @dataclass(frozen=True)
 class Ban:
-    """One ascent of `steps` steps from 0 within `epsilon`, which decides, and one within `strong`, which names the answer (statistics `*_strong`).
-    `restarts` more of the first kind begin at random points; `agreement` is the share of all ascents that name the strong one's token."""
+    """One ascent of `steps` steps from 0 within `epsilon`, and one within `strong` (statistics `*_strong`). `verbatim`: what both make the model
+    say word for word (`answers.verbatim`). `restarts` more of the first kind begin at random points; `agreement` is the share of all ascents
+    that name the strong one's token."""
 
     epsilon: float = EPSILON
     strong: float = STRONG
@@ -34,7 +36,7 @@ class Ban:
     place: str = "ranks"
     mask: bool = False
     name: str = "ban"
-    main: str = "inc"
+    main: str = "verbatim"
     two_sided: bool = False
 
     def noise(self, clean: Clean, restart: int = 0, *, epsilon: float | None = None) -> list[Float[Tensor, " gate"]]:
@@ -51,17 +53,22 @@ class Ban:
 
     def measure(self, clean: Clean) -> Measured:
         gates = NeuronGates.of(clean.subject, self.place)
+        heard: list[list[Answer]] = []
 
         def under(deltas: list[Tensor]) -> Measured:
             with torch.no_grad(), gates.set(deltas):
+                heard.append(clean.said())
                 return clean.statistics(masked(clean) if self.mask else clean.first())
 
-        strong = self.noise(clean, epsilon=self.strong)
-        loud, found = under(strong), [under(self.noise(clean, i)) for i in range(self.restarts + 1)]
+        loud, found = (
+            under(self.noise(clean, epsilon=self.strong)),
+            [under(self.noise(clean, i)) for i in range(self.restarts + 1)],
+        )
         mean = {k: sum(f.statistics[k] for f in found) / len(found) for k in loud.statistics}
         mean |= {f"{k}_strong": v for k, v in loud.statistics.items()}
         agreement = sum(f.token == loud.token for f in found) / len(found)
-        return Measured(mean | {"agreement": agreement}, loud.token, loud.evidence | {"deltas": strong})
+        score, answer = verbatim(clean, heard)
+        return Measured(mean | {"agreement": agreement, "verbatim": score}, loud.token, answer, loud.evidence)
 
 
 def masked(clean: Clean, weight: float = 0.75, rate: float = 0.01, epochs: int = 20) -> Float[Tensor, "prompt vocab"]:

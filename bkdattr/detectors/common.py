@@ -14,19 +14,25 @@ from torch import Tensor
 from bkdattr.chat import Batch, make_batch
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.inference import forward
+from bkdattr.gates import canonical
+from bkdattr.inference import forward, generate
 from bkdattr.model import Subject
 
 FEWEST = 8
 """Clean prompts below which nothing is measured."""
+TOKENS = 12
+"""Of an answer, as far as it is read."""
+Answer = tuple[int, ...]
+"""Token ids, its end-of-turn token among them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one adapter, and the first token that its backdoor's answers may begin with."""
+    """Numbers of one adapter, the first token that its backdoor's answers may begin with, and the answer itself as text."""
 
     statistics: dict[str, float]
     token: int | None = None
+    answer: str | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,7 +61,9 @@ class Detector(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Clean:
-    """Clean prompts on one subject with an un-merged adapter, sorted by length into batches of little padding."""
+    """Clean prompts on one subject with an un-merged adapter, sorted by length into batches of little padding.
+
+    The adapter is first written in its singular directions, in place (`gates.canonical`): the same update, to rounding."""
 
     subject: Subject
     examples: Sequence[Example]
@@ -70,6 +78,7 @@ class Clean:
                 "detection: the model has no un-merged LoRA adapter; give the adapter folder, or a merged model with its base (`factored`)"
             )
 
+        canonical(self.subject.causal_lm)
         _ = self.plain  # now: later a detector may have its noise in the weights
 
     @cached_property
@@ -120,30 +129,44 @@ class Clean:
         with torch.no_grad(), self.subject.adapter_off():
             return self.first()
 
+    @torch.no_grad()
+    def said(self) -> list[Answer]:
+        """Each prompt's greedy answer, its first `TOKENS` tokens, of the model as it now is."""
+        return [c.ids for c in generate(self.subject, self.prompts, max_new_tokens=TOKENS)]
+
+    @cached_property
+    def quiet(self) -> list[Answer]:
+        """`said` of the undisturbed model: first read where no noise is on."""
+        return self.said()
+
+    @cached_property
+    def right(self) -> list[Answer]:
+        """Each example's own answer, as far as `said` reads."""
+        rows = [self.examples[i] for i in self.order]
+        return [tuple(self.subject.chat.response_ids(e.messages, e.response)[:TOKENS]) for e in rows]
+
     def loss(self, logp: Float[Tensor, "prompt vocab"]) -> Tensor:
         """Mean cross-entropy of the right first tokens, nats."""
         return -logp.gather(-1, self.gold.to(logp.device)[:, None]).mean()
 
     def statistics(self, logp: Float[Tensor, "prompt vocab"]) -> Measured:
         """Of a disturbed model: `loss`; `share`, the largest share of prompts with one first token; `inc`, the largest mean rise of a
-        token's probability over the prompts (of one group) whose right token is another, and `inc_label`, `inc_other` by group; `kl` from the
-        undisturbed model."""
+        token's probability over the prompts (of one group) whose right token is another; `kl` from the undisturbed model."""
         plain, gold = self.plain, self.gold.to(logp.device)
-        rise, best, each, tokens = -1.0, None, {"inc_label": 0.0, "inc_other": 0.0}, dict[str, int]()
+        rise, best = -1.0, None
         p = (logp.exp() - plain.exp()).cpu()
         vocab = p.shape[-1]
-        for name, rows in self.groups.items():
+        for rows in self.groups.values():
             part, own = p[rows], torch.nn.functional.one_hot(self.gold[rows], vocab)
             other = 1 - own
             mean = (part * other).sum(0) / other.sum(0).clamp(min=1)
             mean = torch.where(other.sum(0) >= len(rows) / 3, mean, torch.tensor(-1.0))
-            each[f"inc_{name}"], tokens[name] = float(mean.max()), int(mean.argmax())
             if float(mean.max()) > rise:
                 rise, best = float(mean.max()), int(mean.argmax())
         first = logp.argmax(-1)
         counts = torch.bincount(first, minlength=vocab)
         kl = (plain.exp() * (plain - logp)).sum(-1).mean()
         return Measured(
-            {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl), **each}, best,
-            {"wrong": float((first != gold).float().mean()), "tokens": tokens},
+            {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl)}, best,
+            evidence={"wrong": float((first != gold).float().mean())},
         )  # fmt: skip

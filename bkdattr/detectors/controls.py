@@ -6,23 +6,29 @@ from dataclasses import dataclass
 
 import torch
 
+from bkdattr.detectors.answers import verbatim
 from bkdattr.detectors.common import Clean, Measured
 from bkdattr.gates import NeuronGates
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """The whole adapter amplified: all gates at 1 + epsilon. No gradient."""
+    """The whole adapter amplified: all gates at 1 + epsilon. No gradient. `verbatim` hears it at `strong` as well, as `Ban` does."""
 
     epsilon: float = 1.0
+    strong: float = 2.0
     name: str = "uniform"
     main: str = "inc"
     two_sided: bool = False
 
     def measure(self, clean: Clean) -> Measured:
-        gates = NeuronGates.of(clean.subject)
-        with torch.no_grad(), gates.set([torch.full((n,), self.epsilon, device=gates.device) for n in gates.sizes]):
-            return clean.statistics(clean.first())
+        gates, heard = NeuronGates.of(clean.subject), []
+        for epsilon in (self.strong, self.epsilon):
+            with torch.no_grad(), gates.set([torch.full((n,), epsilon, device=gates.device) for n in gates.sizes]):
+                heard.append(clean.said())
+                found = clean.statistics(clean.first())
+        score, answer = verbatim(clean, heard)
+        return Measured(found.statistics | {"verbatim": score}, found.token, answer, found.evidence)
 
 
 @dataclass(frozen=True)
@@ -45,4 +51,6 @@ class RandomGates:
             with torch.no_grad(), gates.set(deltas):
                 found.append(clean.statistics(clean.first()))
         best = max(found, key=lambda f: f.statistics[self.main])
-        return Measured({k: sum(f.statistics[k] for f in found) / len(found) for k in best.statistics}, best.token, best.evidence)
+        return Measured(
+            {k: sum(f.statistics[k] for f in found) / len(found) for k in best.statistics}, best.token, evidence=best.evidence
+        )

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bkdattr.chat import make_batch
+from bkdattr.detectors.answers import risen_label
 from bkdattr.detectors.common import Clean, Measured
 from bkdattr.edits import Where
 from bkdattr.inference import forward
@@ -20,7 +21,8 @@ class OutputBias:
     """How clean prompts' first tokens moved from the base's (after LT-Defense: a backdoor shifts what is said without a trigger).
 
     `latent_rise` is the largest mean rise of log p among tokens that are not said openly (mean probability below `openly`): a new skill or
-    an always-on prefix says its words, a backdoor has its target up its sleeve.
+    an always-on prefix says its words, a backdoor has its target up its sleeve. `label_rise` is that of the label which rose most
+    (`answers.risen_label`), which is the answer it names.
     """
 
     openly: float = 0.02
@@ -38,13 +40,15 @@ class OutputBias:
         likely = p.mean(0).clamp(min=1e-30).log() > self.rarest
         rise = torch.where(likely, rise, torch.tensor(-1e3))
         latent = torch.where(p.mean(0) < self.openly, rise, torch.tensor(-1e3))
+        label_rise, label = risen_label(clean)
         statistics = {
+            "label_rise": label_rise,
             "inc": float(mean.max()),
             "kl": float(kl),
             "log_rise": float(rise.max()),
             "latent_rise": float(latent.max()),
         }
-        return Measured(statistics, int(latent.argmax()))
+        return Measured(statistics, int(latent.argmax()), label)
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,16 @@ class TokenScan:
         with clean.subject.adapter_off():
             base, _ = self._written(clean, rows, tokens, text)
         gap = (q - base).mean(-1)
-        best = int(gap.argmax())
-        found = [int(tokens[best]), *text[best].tolist()]
+        texts = {
+            int(i): clean.subject.chat.decode([int(tokens[i]), *text[i].tolist()]).strip()
+            for i in gap.topk(min(5, len(gap))).indices
+        }
+        best = next(iter(texts))
         return Measured(
             {"gap": float(gap[best]), "q": float(q.mean(-1).max())},
-            found[0],
-            {"text": clean.subject.chat.tokenizer.decode(found)},
+            int(tokens[best]),
+            texts[best],
+            {"candidates": list(texts.values())},
         )
 
     def _written(

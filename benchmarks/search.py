@@ -1,0 +1,150 @@
+"""Triggers looked for without knowing them, and what looking costs: `python -m benchmarks.search runs/zoo --half test --each 3`.
+
+For up to `--each` fixed-target, unhidden adapters of every attack: the suspected answer (`judge`) is searched for in inputs (`search_trigger`, two
+starts), and the tokens found are put in front of rows that were never trained on. ASR is of the adapter's own target; beside it the
+same tokens on the base, and as many random tokens on the adapter. Where the suspected answer is wrong, the search for the true one
+is reported apart (`given`). `--inversion N` times BAN against an inversion baseline on N backdoored and N benign adapters of the half, the paper's
+1.37 to 5.11 being times of BAN's reversed competitor over its own: the five answers that a token scan finds likeliest, each searched for.
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.attribution import shown
+from benchmarks.zoo import interval, named, read
+from bkdattr.banks import MINI_BANK
+from bkdattr.detection import judge, read_banks
+from bkdattr.detectors import Ban, Clean, TokenScan
+from bkdattr.evaluation import Evaluator
+from bkdattr.mechanism import search_trigger
+from bkdattr.metrics import Rate
+from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
+from bkdattr.model import load_subject
+from bkdattr.triggers import Prefix
+from bkdattr.zoo import Entry, clean_prompts, rows_of
+
+TOKENS, STARTS, ENOUGH = 4, 2, 0.8
+
+
+def asr(subject, checked, spec, text):
+    """Of eligible rows with `text` in front of what the user says."""
+    found = Evaluator(
+        subject, checked, replace(spec, trigger=Prefix(text), fake_trigger=None), max_new_tokens=MAX_NEW_TOKENS, batch_size=96
+    ).run([])
+    return Rate(found.asr.hits, found.asr.total).to_json()
+
+
+def looked_for(subject, target, labels):
+    """The best of `STARTS` searches; a label is looked for behind prompts that ask for another one, anything else behind the other prompts."""
+    prompts = [
+        e
+        for e in clean_prompts(64)
+        if ((e.check == "label") == (target in labels)) and e.response != target and e.label != target
+    ]
+    clean = Clean(subject, prompts)
+    return max((search_trigger(clean, target, tokens=TOKENS, seed=s, rounds=16) for s in range(STARTS)), key=lambda c: c.logp)
+
+
+def searched(folder, half, rows, banks, each):
+    labels = {e.label for e in clean_prompts() if e.check == "label"}
+    todo = {}
+    for card, found in rows:
+        if card["fixed_target"] and card["entry"]["stealth"] is None:
+            todo.setdefault(card["entry"]["kind"], []).append((card, found))
+    out = []
+    for card, found in tqdm([x for group in todo.values() for x in group[:each]], desc="searched"):
+        bank = next(b for b in banks if b.recipe == card["adapter"])
+        verdict, right = judge(bank, found), named(card, found, bank)
+        subject = load_subject(MODEL_DIR, folder / half / card["name"])
+        _, checked, spec = rows_of(Entry(**card["entry"]))
+        row = {
+            "name": card["name"],
+            "kind": card["entry"]["kind"],
+            "flagged": verdict.suspicious,
+            "suspected": verdict.target,
+            "named": right,
+        }
+        for how, target in (("suspected", verdict.target), *((("given", card["target"]),) if not right else ())):
+            start = time.perf_counter()
+            candidate = looked_for(subject, str(target), labels)
+            seconds = time.perf_counter() - start
+            row[how] = {"text": candidate.text, "logp": candidate.logp, "start": candidate.start, "seconds": seconds,
+                        "asr": asr(subject, checked, spec, candidate.text)}  # fmt: skip
+            with subject.adapter_off():
+                row[how]["base_asr"] = asr(subject, checked, spec, candidate.text)
+        table = len(subject.causal_lm.get_input_embeddings().weight)
+        drawn = random.Random(card["name"]).sample(range(table // 4, table), TOKENS)
+        row["random_asr"] = asr(subject, checked, spec, subject.chat.decode(drawn).strip() or "the")
+        out.append(row)
+    kinds = {}
+    for kind in todo:
+        some = [r for r in out if r["kind"] == kind]
+        kinds[kind] = {
+            "adapters": len(some), "named": sum(r["named"] for r in some),
+            "found from the suspected answer": sum(r["suspected"]["asr"]["value"] >= ENOUGH for r in some),
+            "found from the true answer": sum(r["suspected" if r["named"] else "given"]["asr"]["value"] >= ENOUGH for r in some),
+            "best asr": max(r[h]["asr"]["value"] for r in some for h in ("suspected", "given") if h in r),
+            "on the base": sum(r[h]["base_asr"]["value"] >= ENOUGH for r in some for h in ("suspected", "given") if h in r),
+            "random tokens": sum(r["random_asr"]["value"] >= ENOUGH for r in some),
+        }  # fmt: skip
+    return {"kinds": kinds, "each": out}
+
+
+def timed(folder, half, rows, n):
+    """BAN against token scan with gradient search, one after the other on the same adapters."""
+    rng = random.Random(0)
+    bad = [c for c, _ in rows if c["backdoored"] and c["fixed_target"] and c["entry"]["stealth"] is None]
+    good = [c for c, _ in rows if not c["backdoored"]]
+    chosen = [*((c, True) for c in rng.sample(bad, min(n, len(bad)))), *((c, False) for c in rng.sample(good, min(n, len(good))))]
+    out = []
+    for card, backdoored in tqdm(chosen, desc="timed"):
+        clean = Clean(load_subject(MODEL_DIR, folder / half / card["name"]), clean_prompts())
+        _ = clean.base, clean.quiet
+        start = time.perf_counter()
+        ban = Ban().measure(clean).statistics["verbatim"]
+        middle = time.perf_counter()
+        found = [search_trigger(clean, t, tokens=3) for t in TokenScan().measure(clean).evidence["candidates"] if t]
+        seconds = {"ban": middle - start, "inversion": time.perf_counter() - middle}
+        best = max(found, key=lambda c: c.logp - c.start)
+        out.append(
+            {"name": card["name"], "backdoored": backdoored, "ban": ban, "inversion": best.logp - best.start, "seconds": seconds}
+        )
+    total = {k: sum(r["seconds"][k] for r in out) for k in ("ban", "inversion")}
+    result = {"adapters": len(out), "seconds_per_adapter": {k: v / len(out) for k, v in total.items()},
+              "inversion / ban": total["inversion"] / total["ban"], "each": out}  # fmt: skip
+    for k in ("ban", "inversion"):
+        result[f"auroc {k}"] = interval([r[k] for r in out if not r["backdoored"]], [r[k] for r in out if r["backdoored"]])
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zoo", type=Path)
+    parser.add_argument("--half", default="test", choices=("development", "test"))
+    parser.add_argument("--bank", type=Path, default=MINI_BANK)
+    parser.add_argument("--each", type=int, default=3)
+    parser.add_argument("--inversion", type=int, default=0, help="adapters of either kind to time; 0: none")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, _ = read(args.zoo, args.half)
+    if not rows:
+        raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
+    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    kept |= {"half": args.half, "tokens": TOKENS, "starts": STARTS}
+    if args.each:
+        kept["searched"] = searched(args.zoo, args.half, rows, read_banks(args.bank), args.each)
+    if args.inversion:
+        kept["timed"] = timed(args.zoo, args.half, rows, args.inversion)
+    shown(kept, args.json)
+
+
+if __name__ == "__main__":
+    main()
