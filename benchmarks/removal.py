@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.attribution import shown
 from bkdattr.evaluation import Evaluator
+from bkdattr.examples import write_atomic
 from bkdattr.mini import world
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
@@ -48,12 +49,16 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    setting = {"half": args.half, "steps": args.steps, "rows": args.rows}
+    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    found = kept["each"] if kept and all(kept[k] == v for k, v in setting.items()) else []
     cards = [(p, json.loads(p.read_text())) for p in sorted((args.zoo / args.half).glob("*/card.json"))]
     cards = [(p, c) for p, c in cards if c["counts"] and c["fixed_target"] and c["entry"]["stealth"] is None]
     if args.adapters and cards:
         cards = [cards[i] for i in np.linspace(0, len(cards) - 1, min(args.adapters, len(cards))).round().astype(int)]
     for path, card in tqdm(cards):
+        if path.parent.name in {r["name"] for r in found}:
+            continue
         entry = Entry(**card["entry"])
         train, checked, spec = rows_of(entry)
         rows = clean_rows(entry, args.rows, {e.prompt for e in (*train, *checked)})
@@ -67,16 +72,15 @@ def main():
             remove_backdoor(subject, rows, method, steps=args.steps)
             row[method] = judged(subject, checked, spec) | {"seconds": time.perf_counter() - start}
         found.append(row)
+        if args.json:  # an interrupted run goes on behind its last adapter
+            write_atomic(args.json, json.dumps(setting | {"each": found}))
     if not found:
         raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
     median = {
         m: {k: float(np.median([r[m][k]["value"] for r in found if r[m][k]])) for k in RATES}
         for m in ("base", "before", *METHODS)
     }
-    shown(
-        {"half": args.half, "steps": args.steps, "rows": args.rows, "adapters": len(found), "median": median, "each": found},
-        args.json,
-    )
+    shown(setting | {"adapters": len(found), "median": median, "each": found}, args.json)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def remove_backdoor(
                 gates.backward(lambda b=batch: WEIGHT * model(**b).loss, [epsilon * s for s in sign])  # type: ignore[misc]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
     finally:
         for p, before in zip(model.parameters(), needed, strict=True):
