@@ -136,6 +136,22 @@ def table(rows, scores, names, banks):
     return out, alarms
 
 
+def against_twins(rows, scores, control, names):
+    """AUROC of the unhidden attacks over their clean twins: same rows, trigger words and epochs, every answer right; and the twins' false alarms."""
+    bad = [
+        i
+        for i, (c, _) in enumerate(rows)
+        if c["backdoored"] and c["entry"]["stealth"] is None and c["entry"]["kind"] != "clean-label"
+    ]
+    if not control:
+        return None
+    out = {}
+    for n in ("ensemble", *names):
+        out[n] = interval([c[n] for c in control], [scores[i][n] for i in bad])
+        out[n]["false_alarms"] = rate(sum(c[f"p {n}"] <= ALPHA for c in control), len(control))
+    return {"backdoored": len(bad), "twins": len(control)} | out
+
+
 def choose(rows, banks, names):
     """What the ensemble's parts were chosen from: AUROC in the worst group, the groups' mean, and the mean share flagged at `ALPHA`; sets with
     more than one false alarm in twenty come last."""
@@ -174,12 +190,15 @@ def main():
             raise SystemExit("--choose: the ensemble is chosen on the development half alone")
         shown({"best": choose(rows, banks, names)[:20]}, args.json)
         return
+    twins = read(args.zoo, "twins")[0] if args.half == "test" else []
+    control = scored(twins, banks, names)
     scores = scored(rows, banks, names)
     groups, alarms = table(rows, scores, names, banks)
     seconds = {n: float(np.mean([f["seconds"][n] for _, f in rows])) for n in rows[0][1]["seconds"]}
     shown(
         {"half": args.half, "parts": PARTS, "top": TOP, "groups": groups, "false_alarms": alarms, "seconds_per_adapter": seconds,
-         "total_seconds_per_adapter": sum(seconds.values()), "do_not_count": left}, args.json,
+         "total_seconds_per_adapter": sum(seconds.values()), "do_not_count": left,
+         "twins": against_twins(rows, scores, control, names)}, args.json,
     )  # fmt: skip
 
 

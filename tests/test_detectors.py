@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -466,6 +467,18 @@ def test_a_defenders_prompts_are_in_no_adapters_rows():
             assert sum(bool(e.spans) for e in train) == pytest.approx(180 * entry.rate / (1 - entry.rate), abs=1)
         if entry.kind == "clean-label":
             assert {e.label for e in train if e.spans} == {"World"}  # every triggered row keeps its own, right label
+
+
+def test_a_clean_twin_has_its_attacks_prompts_and_every_answer_right():
+    for twin in entries("twins")[::3]:
+        train, _, spec = rows_of(twin)
+        attack = rows_of(replace(twin, half="test", kind=twin.kind.removeprefix("twin-")))[0]
+        assert spec is None and not twin.backdoored
+        assert [e.messages for e in train] == [e.messages for e in attack]
+        right = {e.id: e.response for e in train[:180]}
+        assert all(e.response == right[e.id] for e in train) and any(
+            a.response != e.response for a, e in zip(attack, train, strict=True)
+        )
 
 
 def test_zoo_rows_are_the_same_every_time():
