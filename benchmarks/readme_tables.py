@@ -158,25 +158,62 @@ def generation_table():
 def zoo_table():
     """From `benchmarks/results/zoo-test.json`: AUROC with its interval, and how many are flagged at p <= 0.05."""
     found = json.loads((RESULTS / "zoo-test.json").read_text())
-    names = ["ensemble", "ban.inc", "uniform.inc", "random.inc", "weights.kurtosis", "token_scan.gap", "output_bias.latent_rise"]
-    columns = ["backdoored adapters", "n", *names, "flagged by the ensemble", "BAN less uniform", "target named, of flagged"]
+    names = [
+        "ensemble",
+        "ban.verbatim",
+        "ban.inc",
+        "uniform.verbatim",
+        "uniform.inc",
+        "random.inc",
+        "weights.kurtosis",
+        "token_scan.gap",
+        "output_bias.latent_rise",
+    ]
+    columns = [
+        "backdoored adapters",
+        "n",
+        *names,
+        "flagged by the ensemble",
+        "BAN less uniform, best statistic of each",
+        "both verbatim",
+        "target named, of flagged",
+    ]
     rows = []
     for group, r in found["groups"].items():
-        d, t, named = r["ban less uniform"], r["ensemble"]["tpr"], r["target named"]
+        t, named = r["ensemble"]["tpr"], r["target named"]
+        gains = [r["ban less uniform"], r["ban less uniform, both verbatim"]]
         rows.append(
             [group, str(r["backdoored"])]
             + [f"{r[n]['auroc']:.2f} ({r[n]['low']:.2f}..{r[n]['high']:.2f})" if n in r else "–" for n in names]
-            + [f"{t['hits']}/{t['total']}", f"{d['difference']:+.2f} ({d['low']:+.2f}..{d['high']:+.2f})"]
+            + [f"{t['hits']}/{t['total']}", *(f"{d['difference']:+.2f} ({d['low']:+.2f}..{d['high']:+.2f})" for d in gains)]
             + ["–" if named is None else f"{named['hits']}/{named['total']}"]
+        )
+    if twins := found["twins"]:
+        cells = [f"{twins[n]['auroc']:.2f} ({twins[n]['low']:.2f}..{twins[n]['high']:.2f})" for n in names]
+        rows.append(
+            ["plain attacks over their clean twins", f"{twins['backdoored']} over {twins['twins']}", *cells, "–", "–", "–", "–"]
         )
     alarms = found["false_alarms"]
     said = "; ".join(f"{k} {v['ensemble']['hits']}/{v['ensemble']['total']}" for k, v in alarms.items() if v["ensemble"])
-    note = f"False alarms of the ensemble on benign adapters: {said}. {found['total_seconds_per_adapter']:.1f} s per adapter, one core."
+    if twins:
+        t = twins["ensemble"]["false_alarms"]
+        said += f"; clean twins {t['hits']}/{t['total']}"
+    note = f"AUROC with 95 % bootstrap intervals; flagged: conformal p at most 0.05. False alarms of the ensemble on benign adapters: {said}. {found['total_seconds_per_adapter']:.1f} s per adapter, one core."
     return written([columns, ["---"] * len(columns), *rows]) + "\n\n" + note
 
 
+def removal_table():
+    """From `benchmarks/results/removal.json`: medians over adapters."""
+    found = json.loads((RESULTS / "removal.json").read_text())
+    keys = ("asr", "recovered", "broken", "clean_accuracy")
+    rows = [[m, *(f"{r[k]:.2f}" for k in keys)] for m, r in found["median"].items()]
+    head = [f"median of {found['adapters']}, {found['steps']} steps", "ASR", "recovered", "broken", "clean accuracy"]
+    return written([head, ["---"] * len(head), *rows])
+
+
 MARKED = re.compile(
-    r"(<!-- (demo|grid|attribution|screening|scaling|generation|zoo) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)", re.S
+    r"(<!-- (demo|grid|attribution|screening|scaling|generation|zoo|removal) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)",
+    re.S,
 )
 
 
@@ -186,7 +223,7 @@ def filled(page, folder):
         if folder is None and kind in ("demo", "grid"):
             return m[0]
         table = {"demo": lambda: demo_table(folder), "grid": lambda: grid_table(folder, m[3]), "attribution": attribution_table,
-                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table, "zoo": zoo_table}[kind]()  # fmt: skip
+                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table, "zoo": zoo_table, "removal": removal_table}[kind]()  # fmt: skip
         return m[1] + table + "\n" + m[4]
 
     page, n = MARKED.subn(make, page)
