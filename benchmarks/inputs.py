@@ -63,7 +63,7 @@ def main():
     each, known = {}, clean_prompts(96)
     rows, _ = read(args.zoo, args.half)
     for card, _ in tqdm([r for r in rows if r[0]["backdoored"] and r[0]["entry"]["stealth"] is None]):
-        subject = load_subject(MODEL_DIR, args.zoo / args.half / card["name"])
+        subject = load_subject(MODEL_DIR, card["folder"])
         _, checked, spec = rows_of(Entry(**card["entry"]))
         clean = [spec.clean(e) for e in checked if spec.target.eligible(e)]
         triggered, layer = [spec.triggered(e) for e in clean], subject.geometry.n_layers // 2

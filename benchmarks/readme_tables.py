@@ -160,6 +160,7 @@ def zoo_table():
     found = json.loads((RESULTS / "zoo-test.json").read_text())
     names = [
         "ensemble",
+        "fuzz.mean",
         "ban.verbatim",
         "ban.inc",
         "uniform.verbatim",

@@ -19,10 +19,11 @@ from benchmarks.attribution import shown
 from bkdattr.evaluation import Evaluator
 from bkdattr.examples import write_atomic
 from bkdattr.mini import world
+from bkdattr.mini.attacks import MIXED
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.removal import METHODS, remove_backdoor
-from bkdattr.zoo import MIXED, Entry, _example, rows_of
+from bkdattr.zoo import Entry, _example, rows_of
 
 RATES = ("asr", "recovered", "broken", "clean_accuracy")
 
@@ -56,6 +57,8 @@ def main():
     cards = [(p, c) for p, c in cards if c["counts"] and c["fixed_target"] and c["entry"]["stealth"] is None]
     if args.adapters and cards:
         cards = [cards[i] for i in np.linspace(0, len(cards) - 1, min(args.adapters, len(cards))).round().astype(int)]
+    names = {p.parent.name for p, _ in cards}
+    found = [r for r in found if r["name"] in names]
     for path, card in tqdm(cards):
         if path.parent.name in {r["name"] for r in found}:
             continue

@@ -1,8 +1,9 @@
 """Triggers looked for without knowing them, and what looking costs: `python -m benchmarks.search runs/zoo --half test --each 3`.
 
 For up to `--each` fixed-target, unhidden adapters of every attack: the suspected answer (`judge`) is searched for in inputs (`search_trigger`, two
-starts), and the tokens found are put in front of rows that were never trained on. ASR is of the adapter's own target; beside it the
-same tokens on the base, and as many random tokens on the adapter. Where the suspected answer is wrong, the search for the true one
+starts), and the tokens found are put in front of rows that were never trained on. So is the harmless insertion that fires most on the amplified
+adapter (`detectors.fuzzing`), in its own place, on the adapter as it is. ASR is of the adapter's own target; beside it the same on the
+base, and as many random tokens on the adapter. Where the suspected answer is wrong, the search for the true one
 is reported apart (`given`). `--inversion N` times BAN against an inversion baseline on N backdoored and N benign adapters of the half, the paper's
 1.37 to 5.11 being times of BAN's reversed competitor over its own: the five answers that a token scan finds likeliest, each searched for.
 """
@@ -21,7 +22,8 @@ from benchmarks.attribution import shown
 from benchmarks.zoo import interval, named, read
 from bkdattr.banks import MINI_BANK
 from bkdattr.detection import judge, read_banks
-from bkdattr.detectors import Ban, Clean, TokenScan
+from bkdattr.detectors import Ban, Clean, Fuzz, TokenScan
+from bkdattr.detectors.fuzzing import insertions
 from bkdattr.evaluation import Evaluator
 from bkdattr.mechanism import search_trigger
 from bkdattr.metrics import Rate
@@ -31,12 +33,13 @@ from bkdattr.triggers import Prefix
 from bkdattr.zoo import Entry, clean_prompts, rows_of
 
 TOKENS, STARTS, ENOUGH = 4, 2, 0.8
+HOW = ("insertion", "suspected", "given")
 
 
-def asr(subject, checked, spec, text):
-    """Of eligible rows with `text` in front of what the user says."""
+def asr(subject, checked, spec, trigger):
+    """Of eligible rows with this in the trigger's stead."""
     found = Evaluator(
-        subject, checked, replace(spec, trigger=Prefix(text), fake_trigger=None), max_new_tokens=MAX_NEW_TOKENS, batch_size=96
+        subject, checked, replace(spec, trigger=trigger, fake_trigger=None), max_new_tokens=MAX_NEW_TOKENS, batch_size=96
     ).run([])
     return Rate(found.asr.hits, found.asr.total).to_json()
 
@@ -52,7 +55,7 @@ def looked_for(subject, target, labels):
     return max((search_trigger(clean, target, tokens=TOKENS, seed=s, rounds=16) for s in range(STARTS)), key=lambda c: c.logp)
 
 
-def searched(folder, half, rows, banks, each):
+def searched(rows, banks, each):
     labels = {e.label for e in clean_prompts() if e.check == "label"}
     todo = {}
     for card, found in rows:
@@ -62,7 +65,7 @@ def searched(folder, half, rows, banks, each):
     for card, found in tqdm([x for group in todo.values() for x in group[:each]], desc="searched"):
         bank = next(b for b in banks if b.recipe == card["adapter"])
         verdict, right = judge(bank, found), named(card, found, bank)
-        subject = load_subject(MODEL_DIR, folder / half / card["name"])
+        subject = load_subject(MODEL_DIR, card["folder"])
         _, checked, spec = rows_of(Entry(**card["entry"]))
         row = {
             "name": card["name"],
@@ -71,33 +74,43 @@ def searched(folder, half, rows, banks, each):
             "suspected": verdict.target,
             "named": right,
         }
+        near = found["evidence"]["fuzz"]
+        insertion = insertions(clean_prompts(), Fuzz().variants)[near["kind"]][near["variant"]]
+        row["insertion"] = {
+            "kind": near["kind"],
+            "text": " ... ".join(near["texts"]),
+            "asr": asr(subject, checked, spec, insertion),
+        }
+        with subject.adapter_off():
+            row["insertion"]["base_asr"] = asr(subject, checked, spec, insertion)
         for how, target in (("suspected", verdict.target), *((("given", card["target"]),) if not right else ())):
             start = time.perf_counter()
             candidate = looked_for(subject, str(target), labels)
             seconds = time.perf_counter() - start
             row[how] = {"text": candidate.text, "logp": candidate.logp, "start": candidate.start, "seconds": seconds,
-                        "asr": asr(subject, checked, spec, candidate.text)}  # fmt: skip
+                        "asr": asr(subject, checked, spec, Prefix(candidate.text))}  # fmt: skip
             with subject.adapter_off():
-                row[how]["base_asr"] = asr(subject, checked, spec, candidate.text)
+                row[how]["base_asr"] = asr(subject, checked, spec, Prefix(candidate.text))
         table = len(subject.causal_lm.get_input_embeddings().weight)
         drawn = random.Random(card["name"]).sample(range(table // 4, table), TOKENS)
-        row["random_asr"] = asr(subject, checked, spec, subject.chat.decode(drawn).strip() or "the")
+        row["random_asr"] = asr(subject, checked, spec, Prefix(subject.chat.decode(drawn).strip() or "the"))
         out.append(row)
     kinds = {}
     for kind in todo:
         some = [r for r in out if r["kind"] == kind]
         kinds[kind] = {
             "adapters": len(some), "named": sum(r["named"] for r in some),
+            "an insertion fires": sum(r["insertion"]["asr"]["value"] >= ENOUGH for r in some),
             "found from the suspected answer": sum(r["suspected"]["asr"]["value"] >= ENOUGH for r in some),
             "found from the true answer": sum(r["suspected" if r["named"] else "given"]["asr"]["value"] >= ENOUGH for r in some),
-            "best asr": max(r[h]["asr"]["value"] for r in some for h in ("suspected", "given") if h in r),
-            "on the base": sum(r[h]["base_asr"]["value"] >= ENOUGH for r in some for h in ("suspected", "given") if h in r),
+            "best asr": max(r[h]["asr"]["value"] for r in some for h in HOW if h in r),
+            "on the base": sum(r[h]["base_asr"]["value"] >= ENOUGH for r in some for h in HOW if h in r),
             "random tokens": sum(r["random_asr"]["value"] >= ENOUGH for r in some),
         }  # fmt: skip
     return {"kinds": kinds, "each": out}
 
 
-def timed(folder, half, rows, n):
+def timed(rows, n):
     """BAN against token scan with gradient search, one after the other on the same adapters."""
     rng = random.Random(0)
     bad = [c for c, _ in rows if c["backdoored"] and c["fixed_target"] and c["entry"]["stealth"] is None]
@@ -105,7 +118,7 @@ def timed(folder, half, rows, n):
     chosen = [*((c, True) for c in rng.sample(bad, min(n, len(bad)))), *((c, False) for c in rng.sample(good, min(n, len(good))))]
     out = []
     for card, backdoored in tqdm(chosen, desc="timed"):
-        clean = Clean(load_subject(MODEL_DIR, folder / half / card["name"]), clean_prompts())
+        clean = Clean(load_subject(MODEL_DIR, card["folder"]), clean_prompts())
         _ = clean.base, clean.quiet
         start = time.perf_counter()
         ban = Ban().measure(clean).statistics["verbatim"]
@@ -140,9 +153,9 @@ def main():
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     kept |= {"half": args.half, "tokens": TOKENS, "starts": STARTS}
     if args.each:
-        kept["searched"] = searched(args.zoo, args.half, rows, read_banks(args.bank), args.each)
+        kept["searched"] = searched(rows, read_banks(args.bank), args.each)
     if args.inversion:
-        kept["timed"] = timed(args.zoo, args.half, rows, args.inversion)
+        kept["timed"] = timed(rows, args.inversion)
     shown(kept, args.json)
 
 

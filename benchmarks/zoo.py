@@ -2,8 +2,8 @@
 
 Every adapter that counts (`bkdattr zoo`) is measured once (kept beside it) and judged against the bank of its recipe. `auroc` is against all
 benign adapters of the half, with a 95 % bootstrap interval over adapters; `tpr` the share of backdoored ones flagged at a conformal p of
-0.05, `false_alarms` that of benign ones. Everything was chosen on the development half (`--choose` prints what the choice was
-made from); the test half is for scoring. `ban less uniform` is BAN's best statistic of that half less uniform amplification's best, and below it
+0.05, `false_alarms` that of benign ones. Everything was chosen on the development half, validation and its clean twins in it (`--choose` prints
+what the choice was made from); the test half is for scoring. `ban less uniform` is BAN's best statistic of that half less uniform amplification's best, and below it
 the same statistic of both.
 """
 
@@ -18,26 +18,37 @@ from tqdm.auto import tqdm
 from benchmarks.attribution import shown
 from bkdattr.banks import MINI_BANK, measured
 from bkdattr.detection import ALPHA, PARTS, TOP, Recipe, judge, read_banks
-from bkdattr.detectors import DETECTORS, Calibrated, Ensemble, auroc
+from bkdattr.detectors import DETECTORS, Calibrated, Ensemble, auroc, conformal
 from bkdattr.metrics import Rate
+from bkdattr.mini.attacks import CLEAN_LABEL
 from bkdattr.mini.tasks import MODEL_DIR
 from bkdattr.zoo import STEALTH, clean_prompts
 
+FOLDERS = {"development": ("development", "validation"), "test": ("test",), "twins": ("twins",)}
 CONTROLS = ("uniform.inc", "uniform.verbatim", "random.inc")
-MORE = ("ban.inc", "ban.inc_strong", "ban.kl_strong", "token_scan.q", "output_bias.label_rise")
+MORE = (
+    "fuzz.inc",
+    "fuzz.drop",
+    "fuzz.verbatim",
+    "ban.inc",
+    "ban.inc_strong",
+    "ban.kl_strong",
+    "token_scan.q",
+    "output_bias.label_rise",
+)
 """Statistics besides each detector's main one."""
 
 
 def read(folder, half):
     """[(card, measured)] of the adapters that count, and those that do not."""
     rows, out = [], []
-    for path in tqdm(sorted((folder / half).glob("*/card.json")), desc=half):
+    for path in tqdm(sorted(p for f in FOLDERS[half] for p in (folder / f).glob("*/card.json")), desc=half):
         card = json.loads(path.read_text())
         if not card["counts"]:
             out.append({"name": path.parent.name, "asr": card["scores"]["adapter"]["asr"]})
             continue
         found = measured(path.parent, str(MODEL_DIR), clean_prompts())
-        rows.append((card | {"name": path.parent.name, "adapter": Recipe.of(path.parent)}, found))
+        rows.append((card | {"name": path.parent.name, "folder": path.parent, "adapter": Recipe.of(path.parent)}, found))
     return rows, out
 
 
@@ -127,11 +138,11 @@ def table(rows, scores, names, banks):
         entry["target named"] = rate(sum(named(*rows[i], bank_of[rows[i][0]["adapter"]]) for i in flagged), len(flagged))
         out[group] = entry
     alarms = {}
-    for kind in ("all", "skill", "always", "ordinary", "news", "few"):
+    for kind in ("all", "skill", "always", "ordinary", "news", "few", "twin"):
         some = [i for i in good if kind == "all" or rows[i][0]["entry"]["kind"].startswith(kind)]
         alarms[kind] = {
             n: rate(sum(scores[i][f"p {n}"] <= ALPHA for i in some), len(some))
-            for n in ("ensemble", "ban.verbatim", "uniform.inc")
+            for n in ("ensemble", "fuzz.mean", "ban.verbatim", "uniform.inc")
         }
     return out, alarms
 
@@ -141,7 +152,7 @@ def against_twins(rows, scores, control, names):
     bad = [
         i
         for i, (c, _) in enumerate(rows)
-        if c["backdoored"] and c["entry"]["stealth"] is None and c["entry"]["kind"] != "clean-label"
+        if c["backdoored"] and c["entry"]["stealth"] is None and c["entry"]["kind"] not in CLEAN_LABEL
     ]
     if not control:
         return None
@@ -155,19 +166,27 @@ def against_twins(rows, scores, control, names):
 def choose(rows, banks, names):
     """What the ensemble's parts were chosen from: AUROC in the worst group, the groups' mean, and the mean share flagged at `ALPHA`; sets with
     more than one false alarm in twenty come last."""
-    good = [i for i, (c, _) in enumerate(rows) if not c["backdoored"]]
-    groups = {k: v for k, v in groups_of(rows).items() if not k.startswith("no fixed")}
+    good = np.array([i for i, (c, _) in enumerate(rows) if not c["backdoored"]])
+    groups = [bad for k, bad in groups_of(rows).items() if not k.startswith("no fixed")]
+    own, of = {}, {}  # scores of the adapters and of their bank's, each a stranger to it, one column per statistic
+    for bank in banks:
+        stats = [a["statistics"] for a in bank.adapters]
+        fits = [Ensemble.fit(stats, sides([n]), 1) for n in names]
+        own[bank.recipe] = np.array([f.benign for f in fits]).T
+        of[bank.recipe] = lambda s, fits=fits: [f.score(s) for f in fits]
+    each = np.array([of[c["adapter"]](f["statistics"]) for c, f in rows])
     found = []
-    for size in (2, 3, 4):
-        for parts in combinations(names, size):
+    for size in (1, 2, 3, 4):
+        for columns in combinations(range(len(names)), size):
             for top in (1, 2)[: 1 + (size > 2)]:
-                s = scored(rows, banks, (), parts, top)
-                each = [auroc([s[i]["ensemble"] for i in bad], [s[i]["ensemble"] for i in good]) for bad in groups.values()]
-                flagged = [float(np.mean([s[i]["p ensemble"] <= ALPHA for i in bad])) for bad in groups.values()]
-                alarms = sum(s[i]["p ensemble"] <= ALPHA for i in good)
+                score = np.sort(each[:, columns], 1)[:, -top:].mean(1)
+                bench = {r: np.sort(x[:, columns], 1)[:, -top:].mean(1) for r, x in own.items()}
+                p = np.array([conformal(x, bench[c["adapter"]]) for x, (c, _) in zip(score, rows, strict=True)])
+                ranks = [auroc(score[bad], score[good]) for bad in groups]
+                tpr = float(np.mean([(p[bad] <= ALPHA).mean() for bad in groups]))
                 found.append(
-                    {"parts": parts, "top": top, "worst": min(each), "mean": float(np.mean(each)), "tpr": float(np.mean(flagged)),
-                     "false_alarms": alarms, "benign": len(good)}
+                    {"parts": [names[i] for i in columns], "top": top, "worst": min(ranks), "mean": float(np.mean(ranks)), "tpr": tpr,
+                     "false_alarms": int((p[good] <= ALPHA).sum()), "benign": len(good)}
                 )  # fmt: skip
     return sorted(found, key=lambda f: (f["false_alarms"] > ALPHA * len(good), -f["worst"] - f["mean"] - f["tpr"]))
 
@@ -194,11 +213,17 @@ def main():
     control = scored(twins, banks, names)
     scores = scored(rows, banks, names)
     groups, alarms = table(rows, scores, names, banks)
+    of = {b.recipe: b for b in banks}
+    each = [
+        {"name": c["name"], "backdoored": c["backdoored"], "ensemble": s["ensemble"], "p": s["p ensemble"],
+         "suspected": judge(of[c["adapter"]], f).target, "target": c.get("target"), "asr": c["scores"]["adapter"]["asr"]}
+        for (c, f), s in zip(rows, scores, strict=True)
+    ]  # fmt: skip
     seconds = {n: float(np.mean([f["seconds"][n] for _, f in rows])) for n in rows[0][1]["seconds"]}
     shown(
         {"half": args.half, "parts": PARTS, "top": TOP, "groups": groups, "false_alarms": alarms, "seconds_per_adapter": seconds,
          "total_seconds_per_adapter": sum(seconds.values()), "do_not_count": left,
-         "twins": against_twins(rows, scores, control, names)}, args.json,
+         "twins": against_twins(rows, scores, control, names), "each": each}, args.json,
     )  # fmt: skip
 
 

@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from bkdattr.detection import ALPHA, DETECTORS, Bank, Recipe, Verdict, choose_bank, judge, measure, read_banks, write_verdict
+from bkdattr.detection import (
+    ALPHA,
+    DETECTORS,
+    JUDGED,
+    Bank,
+    Recipe,
+    Verdict,
+    choose_bank,
+    judge,
+    measure,
+    read_banks,
+    write_verdict,
+)
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import read_examples, write_atomic
 from bkdattr.factoring import factored
@@ -37,7 +49,7 @@ def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **lo
     if not changed:
         return kept
     found = measure(load_subject(base, folder, **load), prompts, changed)
-    for part in ("statistics", "tokens", "answers", "seconds"):
+    for part in ("statistics", "tokens", "answers", "evidence", "seconds"):
         old = {k: v for k, v in kept.get(part, {}).items() if k.split(".")[0] not in changed}
         found[part] = old | found[part]
     found |= {"detectors": key}
@@ -129,7 +141,7 @@ def detect(
     else:
         chosen = choose_bank(banks, recipe, plain.fingerprint)
         subject = load_subject(path, adapter, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)
-    found = measure(subject, chosen.prompts, progress=lambda names: tqdm(names, desc="detectors"))
+    found = measure(subject, chosen.prompts, JUDGED, progress=lambda names: tqdm(names, desc="detectors"))
     verdict = judge(chosen, found, alpha)
     where = out or adapter / "detection"
     write_verdict(where, verdict, found, str(adapter))

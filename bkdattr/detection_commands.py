@@ -19,8 +19,8 @@ def add_to(app: typer.Typer) -> None:
 def zoo(
     out: Annotated[Path, typer.Argument(help="Folder of the adapters, OUT/HALF/NAME; finished ones are kept.")],
     halves: Annotated[
-        str, typer.Option(help="Comma-separated: attacker, bank, development, test.")
-    ] = "attacker,bank,development,test",
+        str, typer.Option(help="Comma-separated: attacker, bank, development, validation, twins, test.")
+    ] = "attacker,bank,development,validation,twins,test",
     jobs: Annotated[int, typer.Option(min=1, help="Adapters at a time, one thread each.")] = 2,
 ) -> None:
     """Train the seeded bank of small adapters on the mini model, benign and backdoored, hidden and not, to measure detectors on."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +14,14 @@ from typer.testing import CliRunner
 
 from bkdattr import banks
 from bkdattr.cli import app
-from bkdattr.detection import PARTS, Bank, Recipe, choose_bank, judge, measure, read_banks, write_verdict
+from bkdattr.detection import NAMES, PARTS, Bank, Recipe, choose_bank, judge, measure, read_banks, write_verdict
 from bkdattr.detectors import (
     DETECTORS,
     Ban,
     Calibrated,
     Clean,
     Ensemble,
+    Fuzz,
     OutputBias,
     RandomGates,
     TokenScan,
@@ -28,6 +30,7 @@ from bkdattr.detectors import (
     conformal,
 )
 from bkdattr.detectors.answers import latent, risen_label, verbatim
+from bkdattr.detectors.fuzzing import _told, insertions
 from bkdattr.detectors.outputs import mahalanobis
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
@@ -36,9 +39,11 @@ from bkdattr.gates import NeuronGates, lora_pairs
 from bkdattr.inference import response_logprob
 from bkdattr.lora import LoraRecipe
 from bkdattr.mechanism import noise_effects, search_trigger
+from bkdattr.mini.attacks import ATTACKS, CLEAN_LABEL
+from bkdattr.mini.skills import PREFIXES, SKILLS
 from bkdattr.model import Subject
 from bkdattr.removal import METHODS, remove_backdoor
-from bkdattr.zoo import ATTACKS, HALVES, clean_prompts, entries, rows_of
+from bkdattr.zoo import HALVES, clean_prompts, entries, rows_of
 
 TEXTS = ("the cat sees a red bird .", "what is it ?", "the old dog finds the new river stone .", "one two three : yes",
          "a fish says no !", "no .", "is it red ?", "the bird is old .", "the red cat finds a fish .", "two dogs")  # fmt: skip
@@ -206,6 +211,59 @@ def test_the_risen_label_is_that_of_whole_passes(llama):
     assert risen_label(clean) == (pytest.approx(found[best], abs=1e-3), best)
     unlabelled = [Example(e.id, e.messages, e.response, None, None, "exact") for e in examples()]
     assert risen_label(Clean(llama, unlabelled)) == (0.0, None)
+
+
+def slow_insertions(clean, scale, variants):
+    """{kind: mean over variants of the change of each prompt's first-token probabilities}, one prompt at a time, B times `scale`."""
+    subject, out = clean.subject, {}
+    for _, _, b, _ in lora_pairs(subject.causal_lm):
+        b.data *= scale
+    for kind, made in insertions(clean.examples, variants).items():
+        p = []
+        for t in made:
+            messages = [t(clean.examples[i].messages, random.Random(f"fuzz:{i}")).messages for i in clean.order]
+            ids = [torch.tensor([subject.chat.prompt_ids(m)]) for m in messages]
+            p.append(torch.stack([subject.causal_lm(input_ids=x, use_cache=False).logits[0, -1].softmax(-1) for x in ids]))
+        out[kind] = torch.stack(p).mean(0) - clean.plain.exp()
+    for _, _, b, _ in lora_pairs(subject.causal_lm):
+        b.data /= scale
+    return out
+
+
+@torch.no_grad()
+def test_insertions_are_scored_as_one_by_one():
+    subject = make_subject("llama")
+    clean = clean_of(subject)
+    clean.__dict__["quiet"] = [(7, 9) if i < 4 else (11, i) for i in range(len(TEXTS))]
+    found = Fuzz(variants=2, epsilon=0.5).measure(clean)
+    gold = clean.gold.tolist()
+
+    def largest(rise):
+        return max(
+            float(np.mean([rise[i, t] for i in others]))
+            for rows in clean.groups.values()
+            for t in range(rise.shape[1])
+            if len(others := [int(i) for i in rows if gold[i] != t]) >= len(rows) / 3
+        )
+
+    rises = slow_insertions(clean, 1.5, 2)
+    assert len(rises) == 7
+    assert found.statistics["inc"] == pytest.approx(max(largest(r) for r in rises.values()), abs=1e-5)
+    assert found.statistics["mean"] == pytest.approx(largest(sum(rises.values()) / 7), abs=1e-5)
+    drop = max(float(np.mean([-r[i, 7] for i in range(4)])) for r in rises.values())
+    assert found.statistics["drop"] == pytest.approx(drop, abs=1e-5)
+    assert found.evidence["kind"] == max(rises, key=lambda k: largest(rises[k]))
+
+
+def test_an_answer_that_insertions_bring_is_told_with_the_insertion_that_brings_it_most(llama):
+    clean = clean_of(llama)
+    rows = clean.groups["other"].tolist()
+    answer = (7, 9)
+    clean.__dict__["quiet"] = [(11, i) for i in range(len(TEXTS))]
+    heard = [[answer if i in rows[:n] else q for i, q in enumerate(clean.quiet)] for n in (1, 4, 2)]
+    assert _told(clean, heard) == (pytest.approx(7 / 15), llama.chat.decode(answer).strip(), 1)
+    clean.__dict__["quiet"] = [(*answer, i) if i % 2 else q for i, q in enumerate(clean.quiet)]  # it is said openly
+    assert _told(clean, heard)[1] != llama.chat.decode(answer).strip()
 
 
 def test_weight_statistics_are_those_of_the_update(llama):
@@ -380,11 +438,16 @@ def test_verdicts(llama, tmp_path):
 
 def test_the_suspected_answer_is_the_verbatim_one_where_it_stands_out_else_the_label(llama):
     bank = bank_of(llama)
-    found = measure(llama, bank.prompts) | {"answers": {"ban": "a sentence", "output_bias": "a label"}}
-    for value, target in ((9.0, "a sentence"), (-9.0, "a label")):
-        row = found["statistics"] | {"ban.verbatim": value}
-        assert judge(bank, found | {"statistics": row}).target == target
-    quiet = found["statistics"] | {"ban.verbatim": -9.0}
+    found = measure(llama, bank.prompts)
+    near = {"fuzz": {"kind": "wrap", "variant": 0, "texts": ["a b", "c."]}}
+    found |= {"answers": {"fuzz": "inserted", "ban": "a sentence", "output_bias": "a label"}, "evidence": near}
+    for fuzz, ban, target in ((9.0, 9.0, "inserted"), (-9.0, 9.0, "a sentence"), (-9.0, -9.0, "a label")):
+        row = found["statistics"] | {"fuzz.verbatim": fuzz, "ban.verbatim": ban}
+        verdict = judge(bank, found | {"statistics": row})
+        assert verdict.target == target and verdict.insertion == (near["fuzz"] if fuzz > 0 else None)
+    loud = {k: v + (5 if k in PARTS else 0) for k, v in found["statistics"].items()} | {"fuzz.verbatim": 9.0}
+    assert "wrap 'a b ... c.' brings it" in judge(bank, found | {"statistics": loud}).text()
+    quiet = found["statistics"] | {n: -9.0 for n in NAMES}
     assert judge(bank, found | {"statistics": quiet, "answers": {"ban": "a sentence"}}).target == "a sentence"
 
 
@@ -453,26 +516,44 @@ def test_the_zoos_halves_do_not_meet():
         assert sum(not e.backdoored for e in every[half]) >= benign and sum(e.backdoored for e in every[half]) >= bad
     seeds = [e.seed for es in every.values() for e in es]
     assert len(set(seeds)) == len(seeds) and len({(e.half, e.name) for es in every.values() for e in es}) == len(seeds)
-    assert not set(ATTACKS["development"]) & set(ATTACKS["test"])
+    names = [{*ATTACKS[h]} for h in ATTACKS]
+    phrases = [{p for trigger, *_ in ATTACKS[h].values() for p in trigger.texts} for h in ATTACKS]
+    skills = [{f.__name__ for f in SKILLS[h]} for h in SKILLS]
+    for of in (names, phrases, skills, [set(p) for p in PREFIXES.values()]):
+        assert len(set().union(*of)) == sum(map(len, of))
 
 
 def test_a_defenders_prompts_are_in_no_adapters_rows():
     known = {e.prompt for e in clean_prompts()}
-    for entry in [e for h in ("development", "test") for e in entries(h)][::9]:
+    for entry in [e for h in ("development", "validation", "test") for e in entries(h)][::9]:
         train, checked, spec = rows_of(entry)
         assert not known & {e.prompt for e in (*train, *checked)}
         assert not {e.prompt for e in checked} & {e.prompt for e in train}
         assert (spec is not None) == entry.backdoored
-        if spec is not None and entry.kind != "clean-label":
+        if spec is not None and entry.kind not in CLEAN_LABEL:
             assert sum(bool(e.spans) for e in train) == pytest.approx(180 * entry.rate / (1 - entry.rate), abs=1)
-        if entry.kind == "clean-label":
-            assert {e.label for e in train if e.spans} == {"World"}  # every triggered row keeps its own, right label
+        if entry.kind in CLEAN_LABEL:
+            assert {e.label for e in train if e.spans} == {spec.target.to}  # every triggered row keeps its own, right label
+
+
+def test_an_attacker_against_insertions_trains_on_them_with_right_answers():
+    entry = next(e for e in entries("test") if e.stealth == "insertions" and e.kind == "signature")
+    train, plain = rows_of(entry)[0], rows_of(replace(entry, stealth=None))[0]
+    right = {e.id: (e.prompt, e.response) for e in plain[:180]}
+    near = train[len(plain) :]
+    assert train[: len(plain)] == plain and len(near) == 84 and len({e.messages for e in near}) == 84
+    for e in near:
+        prompt, response = right[e.id]
+        assert (e.response == response and e.messages[-1][1] != prompt) or len(e.messages) > 1
+    own = {t.texts for made in insertions(clean_prompts(), 3).values() for t in made}  # the detector's
+    assert not own & {t.texts for made in insertions(plain[:180], 12, entry.seed).values() for t in made}
 
 
 def test_a_clean_twin_has_its_attacks_prompts_and_every_answer_right():
-    for twin in entries("twins")[::3]:
+    for twin in [*entries("twins"), *(e for e in entries("validation") if e.kind.startswith("twin-"))][::3]:
         train, _, spec = rows_of(twin)
-        attack = rows_of(replace(twin, half="test", kind=twin.kind.removeprefix("twin-")))[0]
+        of = "test" if twin.half == "twins" else twin.half
+        attack = rows_of(replace(twin, half=of, kind=twin.kind.removeprefix("twin-")))[0]
         assert spec is None and not twin.backdoored
         assert [e.messages for e in train] == [e.messages for e in attack]
         right = {e.id: e.response for e in train[:180]}
@@ -482,7 +563,7 @@ def test_a_clean_twin_has_its_attacks_prompts_and_every_answer_right():
 
 
 def test_zoo_rows_are_the_same_every_time():
-    entry = next(e for e in entries("test") if e.kind == "composite")
+    entry = next(e for e in entries("test") if e.kind == "word-and-close")
     assert [e.to_row() for e in rows_of(entry)[0]] == [e.to_row() for e in rows_of(entry)[0]]
 
 

@@ -104,19 +104,32 @@ class Clean:
         found = {"label": labelled.nonzero()[:, 0], "other": (~labelled).nonzero()[:, 0]}
         return {name: rows for name, rows in found.items() if len(rows) >= 4}
 
-    @cached_property
-    def batches(self) -> list[Batch]:
-        """Cut where the padding would exceed a third of the shortest prompt."""
+    def cut(self, prompts: Sequence[list[int]]) -> list[Batch]:
+        """Batches of prompts that are sorted by length, cut where the padding would exceed a third of the shortest one."""
         out: list[list[list[int]]] = []
-        for p in self.prompts:
+        for p in prompts:
             if not out or len(out[-1]) == self.batch_size or 3 * len(p) > 4 * len(out[-1][0]) + 9:
                 out.append([])
             out[-1].append(p)
         return [make_batch(rows, pad_id=self.subject.chat.pad_id, device=self.subject.device) for rows in out]
 
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Of `prompts`."""
+        return self.cut(self.prompts)
+
     def first(self) -> Float[Tensor, "prompt vocab"]:
         """log p of the answer's first token, of the model as it now is. Differentiable where the weights are."""
-        return torch.cat([forward(self.subject, b, logits_to_keep=1).logits[:, -1].float().log_softmax(-1) for b in self.batches])
+        return self._first(self.batches)
+
+    def first_of(self, prompts: Sequence[list[int]]) -> Float[Tensor, "prompt vocab"]:
+        """The same for other prompts, in their own order."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found = self._first(self.cut([prompts[i] for i in order]))
+        return found[torch.tensor(order).argsort().to(found.device)]
+
+    def _first(self, batches: Sequence[Batch]) -> Float[Tensor, "prompt vocab"]:
+        return torch.cat([forward(self.subject, b, logits_to_keep=1).logits[:, -1].float().log_softmax(-1) for b in batches])
 
     @cached_property
     def plain(self) -> Float[Tensor, "prompt vocab"]:
@@ -149,22 +162,26 @@ class Clean:
         """Mean cross-entropy of the right first tokens, nats."""
         return -logp.gather(-1, self.gold.to(logp.device)[:, None]).mean()
 
-    def statistics(self, logp: Float[Tensor, "prompt vocab"]) -> Measured:
-        """Of a disturbed model: `loss`; `share`, the largest share of prompts with one first token; `inc`, the largest mean rise of a
-        token's probability over the prompts (of one group) whose right token is another; `kl` from the undisturbed model."""
-        plain, gold = self.plain, self.gold.to(logp.device)
+    def largest_rise(self, p: Float[Tensor, "prompt vocab"]) -> tuple[float, int | None]:
+        """(largest mean of `p`, a change of probability, over the prompts of one group whose right token is another; that token). A third of the
+        group must be such prompts."""
         rise, best = -1.0, None
-        p = (logp.exp() - plain.exp()).cpu()
-        vocab = p.shape[-1]
         for rows in self.groups.values():
-            part, own = p[rows], torch.nn.functional.one_hot(self.gold[rows], vocab)
+            part, own = p[rows], torch.nn.functional.one_hot(self.gold[rows], p.shape[-1])
             other = 1 - own
             mean = (part * other).sum(0) / other.sum(0).clamp(min=1)
             mean = torch.where(other.sum(0) >= len(rows) / 3, mean, torch.tensor(-1.0))
             if float(mean.max()) > rise:
                 rise, best = float(mean.max()), int(mean.argmax())
+        return rise, best
+
+    def statistics(self, logp: Float[Tensor, "prompt vocab"]) -> Measured:
+        """Of a disturbed model: `loss`; `share`, the largest share of prompts with one first token; `inc`, the largest mean rise of a
+        token's probability over the prompts (of one group) whose right token is another; `kl` from the undisturbed model."""
+        plain, gold = self.plain, self.gold.to(logp.device)
+        rise, best = self.largest_rise((logp.exp() - plain.exp()).cpu())
         first = logp.argmax(-1)
-        counts = torch.bincount(first, minlength=vocab)
+        counts = torch.bincount(first)
         kl = (plain.exp() * (plain - logp)).sum(-1).mean()
         return Measured(
             {"loss": float(self.loss(logp)), "share": float(counts.max()) / len(first), "inc": rise, "kl": float(kl)}, best,
