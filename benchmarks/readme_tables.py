@@ -199,7 +199,7 @@ def zoo_table():
     if twins:
         t = twins["ensemble"]["false_alarms"]
         said += f"; clean twins {t['hits']}/{t['total']}"
-    note = f"AUROC with 95 % bootstrap intervals; flagged: conformal p at most 0.05. False alarms of the ensemble on benign adapters: {said}. {found['total_seconds_per_adapter']:.1f} s per adapter, one core."
+    note = f"AUROC with 95 % bootstrap intervals; flagged: conformal p at most 0.05. False alarms of the ensemble on benign adapters: {said}."
     return written([columns, ["---"] * len(columns), *rows]) + "\n\n" + note
 
 
