@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.attribution import shown
+from benchmarks.zoo import FOLDERS
 from bkdattr.evaluation import Evaluator
 from bkdattr.examples import write_atomic
 from bkdattr.mini import world
@@ -53,7 +54,9 @@ def main():
     setting = {"half": args.half, "steps": args.steps, "rows": args.rows}
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     found = kept["each"] if kept and all(kept[k] == v for k, v in setting.items()) else []
-    cards = [(p, json.loads(p.read_text())) for p in sorted((args.zoo / args.half).glob("*/card.json"))]
+    cards = [
+        (p, json.loads(p.read_text())) for p in sorted(p for f in FOLDERS[args.half] for p in (args.zoo / f).glob("*/card.json"))
+    ]
     cards = [(p, c) for p, c in cards if c["counts"] and c["fixed_target"] and c["entry"]["stealth"] is None]
     if args.adapters and cards:
         cards = [cards[i] for i in np.linspace(0, len(cards) - 1, min(args.adapters, len(cards))).round().astype(int)]
