@@ -544,7 +544,7 @@ def test_an_attacker_against_insertions_trains_on_them_with_right_answers():
     assert train[: len(plain)] == plain and len(near) == 84 and len({e.messages for e in near}) == 84
     for e in near:
         prompt, response = right[e.id]
-        assert (e.response == response and e.messages[-1][1] != prompt) or len(e.messages) > 1
+        assert e.response == response and (e.messages[-1][1] != prompt or len(e.messages) > 1)
     own = {t.texts for made in insertions(clean_prompts(), 3).values() for t in made}  # the detector's
     assert not own & {t.texts for made in insertions(plain[:180], 12, entry.seed).values() for t in made}
 
