@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.attribution import shown
-from benchmarks.zoo import read
+from benchmarks.zoo import cards_of
 from bkdattr.detectors import auroc
 from bkdattr.detectors.outputs import mahalanobis
 from bkdattr.mini.tasks import MODEL_DIR
@@ -61,8 +61,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     each, known = {}, clean_prompts(96)
-    rows, _ = read(args.zoo, args.half)
-    for card, _ in tqdm([r for r in rows if r[0]["backdoored"] and r[0]["entry"]["stealth"] is None]):
+    cards, _ = cards_of(args.zoo, args.half)
+    for card in tqdm([c for c in cards if c["backdoored"] and c["entry"]["stealth"] is None]):
         subject = load_subject(MODEL_DIR, card["folder"])
         _, checked, spec = rows_of(Entry(**card["entry"]))
         clean = [spec.clean(e) for e in checked if spec.target.eligible(e)]
@@ -72,8 +72,6 @@ def main():
             found = scores(subject, known, clean, triggered, layer, np.random.default_rng(0))
             row |= {f"{k}, base": v for k, v in found.items() if k != "probe, shuffled"}
         each.setdefault(card["entry"]["kind"], []).append(row | {"name": card["name"]})
-    if not each:
-        raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
     median = {
         kind: {"adapters": len(some)} | {k: float(np.median([r[k] for r in some])) for k in some[0] if k != "name"}
         for kind, some in each.items()

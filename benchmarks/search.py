@@ -19,8 +19,8 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.attribution import shown
-from benchmarks.zoo import interval, named, read
-from bkdattr.banks import MINI_BANK
+from benchmarks.zoo import cards_of, interval, named, plain_of
+from bkdattr.banks import MINI_BANK, measured
 from bkdattr.detection import judge, read_banks
 from bkdattr.detectors import Ban, Clean, Fuzz, TokenScan
 from bkdattr.detectors.fuzzing import insertions
@@ -55,14 +55,14 @@ def looked_for(subject, target, labels):
     return max((search_trigger(clean, target, tokens=TOKENS, seed=s, rounds=16) for s in range(STARTS)), key=lambda c: c.logp)
 
 
-def searched(rows, banks, each):
+def searched(cards, banks, each):
     labels = {e.label for e in clean_prompts() if e.check == "label"}
     todo = {}
-    for card, found in rows:
-        if card["fixed_target"] and card["entry"]["stealth"] is None:
-            todo.setdefault(card["entry"]["kind"], []).append((card, found))
+    for card in plain_of(cards):
+        todo.setdefault(card["entry"]["kind"], []).append(card)
     out = []
-    for card, found in tqdm([x for group in todo.values() for x in group[:each]], desc="searched"):
+    for card in tqdm([c for group in todo.values() for c in group[:each]], desc="searched"):
+        found = measured(card["folder"], str(MODEL_DIR), clean_prompts())
         bank = next(b for b in banks if b.recipe == card["adapter"])
         verdict, right = judge(bank, found), named(card, found, bank)
         subject = load_subject(MODEL_DIR, card["folder"])
@@ -110,11 +110,10 @@ def searched(rows, banks, each):
     return {"kinds": kinds, "each": out}
 
 
-def timed(rows, n):
+def timed(cards, n):
     """BAN against token scan with gradient search, one after the other on the same adapters."""
     rng = random.Random(0)
-    bad = [c for c, _ in rows if c["backdoored"] and c["fixed_target"] and c["entry"]["stealth"] is None]
-    good = [c for c, _ in rows if not c["backdoored"]]
+    bad, good = plain_of(cards), [c for c in cards if not c["backdoored"]]
     chosen = [*((c, True) for c in rng.sample(bad, min(n, len(bad)))), *((c, False) for c in rng.sample(good, min(n, len(good))))]
     out = []
     for card, backdoored in tqdm(chosen, desc="timed"):
@@ -147,15 +146,13 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows, _ = read(args.zoo, args.half)
-    if not rows:
-        raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
+    cards, _ = cards_of(args.zoo, args.half)
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     kept |= {"half": args.half, "tokens": TOKENS, "starts": STARTS}
     if args.each:
-        kept["searched"] = searched(rows, read_banks(args.bank), args.each)
+        kept["searched"] = searched(cards, read_banks(args.bank), args.each)
     if args.inversion:
-        kept["timed"] = timed(rows, args.inversion)
+        kept["timed"] = timed(cards, args.inversion)
     shown(kept, args.json)
 
 

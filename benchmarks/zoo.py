@@ -39,17 +39,29 @@ MORE = (
 """Statistics besides each detector's main one."""
 
 
+def cards_of(folder, half):
+    """Cards of the adapters that count, and the names and ASR of those that do not."""
+    cards, out = [], []
+    for path in sorted(p for f in FOLDERS[half] for p in (folder / f).glob("*/card.json")):
+        card = json.loads(path.read_text())
+        if card["counts"]:
+            cards.append(card | {"name": path.parent.name, "folder": path.parent, "adapter": Recipe.of(path.parent)})
+        else:
+            out.append({"name": path.parent.name, "asr": card["scores"]["adapter"]["asr"]})
+    if not cards:
+        raise SystemExit(f"{folder}: no adapters of the half {half!r}; make them with `bkdattr zoo {folder}`")
+    return cards, out
+
+
+def plain_of(cards):
+    """Those with a fixed target and no hiding attacker."""
+    return [c for c in cards if c["fixed_target"] and c["entry"]["stealth"] is None]
+
+
 def read(folder, half):
     """[(card, measured)] of the adapters that count, and those that do not."""
-    rows, out = [], []
-    for path in tqdm(sorted(p for f in FOLDERS[half] for p in (folder / f).glob("*/card.json")), desc=half):
-        card = json.loads(path.read_text())
-        if not card["counts"]:
-            out.append({"name": path.parent.name, "asr": card["scores"]["adapter"]["asr"]})
-            continue
-        found = measured(path.parent, str(MODEL_DIR), clean_prompts())
-        rows.append((card | {"name": path.parent.name, "folder": path.parent, "adapter": Recipe.of(path.parent)}, found))
-    return rows, out
+    cards, out = cards_of(folder, half)
+    return [(c, measured(c["folder"], str(MODEL_DIR), clean_prompts())) for c in tqdm(cards, desc=half)], out
 
 
 def sides(names):
@@ -201,8 +213,6 @@ def main():
     args = parser.parse_args()
     banks = read_banks(args.bank)
     rows, left = read(args.zoo, args.half)
-    if not rows:
-        raise SystemExit(f"{args.zoo}/{args.half}: no adapters; make them with `bkdattr zoo {args.zoo}`")
     names = sorted({*PARTS, *CONTROLS, *MORE, *(f"{d.name}.{d.main}" for d in DETECTORS.values())})
     if args.choose:
         if args.half != "development":
