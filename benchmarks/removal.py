@@ -3,7 +3,8 @@
 Fixed-target, unhidden adapters that count; every method fine-tunes the same adapter on the same clean rows for the same number of steps
 (`removal.remove_backdoor`), its trigger unknown. Judged on rows that were neither trained on nor used to fine-tune: ASR, `recovered` (triggered prompts
 answered as their clean twins should be), `broken`, clean accuracy. Medians over adapters, and the share of them that meet all three bars (`bar`); every
-adapter's numbers in the JSON. The rate was chosen on the development half (`--half development --rate R --methods plain,ban`).
+adapter's numbers in the JSON. The rate was chosen on the development half (`--half development --adapters 8 --rate R --methods plain,ban`), so
+that plain fine-tuning does its best as well.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from bkdattr.mini.attacks import MIXED
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.removal import METHODS, remove_backdoor
-from bkdattr.zoo import RECIPE, Entry, _example, rows_of
+from bkdattr.zoo import Entry, _example, rows_of
 
 RATES = ("asr", "recovered", "broken", "clean_accuracy")
 
@@ -77,9 +78,7 @@ def main():
     parser.add_argument("--adapters", type=int, help="only so many, evenly spaced")
     parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument(
-        "--rate", type=float, default=RECIPE.learning_rate, help="learning rate; default: that of the zoo's recipe"
-    )
+    parser.add_argument("--rate", type=float, default=0.004, help="learning rate")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--jobs", type=int, default=2, help="adapters at a time")
     parser.add_argument("--json", type=Path)
