@@ -52,17 +52,18 @@ def bar(left, base):
 
 
 def removed(job):
-    """What each method leaves of one adapter."""
-    card, n, methods, setting = job
+    """What each method leaves of one adapter, beside what is known of it."""
+    card, n, methods, setting, row = job
     folder = card["folder"]
     torch.set_num_threads(1)
     entry = Entry(**card["entry"])
     train, checked, spec = rows_of(entry)
     rows = clean_rows(entry, n, {e.prompt for e in (*train, *checked)})
-    base = load_subject(MODEL_DIR, folder)
-    with base.adapter_off():
-        row = {"name": folder.name, "base": judged(base, checked, spec)}
-    row["before"] = judged(base, checked, spec)
+    if not row:
+        base = load_subject(MODEL_DIR, folder)
+        with base.adapter_off():
+            row = {"name": folder.name, "base": judged(base, checked, spec)}
+        row["before"] = judged(base, checked, spec)
     for method in methods:
         subject = load_subject(MODEL_DIR, folder)
         start = time.perf_counter()
@@ -84,21 +85,26 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     methods = args.methods.split(",")
-    setting = {"half": args.half, "steps": args.steps, "rows": args.rows, "rate": args.rate, "methods": methods}
+    setting = {"half": args.half, "steps": args.steps, "rows": args.rows, "rate": args.rate}
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    found = kept["each"] if kept and all(kept.get(k) == v for k, v in setting.items()) else []
+    known = {r["name"]: r for r in kept["each"]} if kept and all(kept.get(k) == v for k, v in setting.items()) else {}
     cards = plain_of(cards_of(args.zoo, args.half)[0])
     if args.adapters:
         cards = [cards[i] for i in np.linspace(0, len(cards) - 1, min(args.adapters, len(cards))).round().astype(int)]
-    found = [r for r in found if r["name"] in {c["name"] for c in cards}]
-    done = {r["name"] for r in found}
-    setting_of = {"steps": args.steps, "learning_rate": args.rate}
-    jobs = [(c, args.rows, methods, setting_of) for c in cards if c["name"] not in done]
+    known = {c["name"]: known.get(c["name"], {}) for c in cards}
+    todo = {c["name"]: [m for m in methods if m not in known[c["name"]]] for c in cards}
+    jobs = [
+        (c, args.rows, todo[c["name"]], {"steps": args.steps, "learning_rate": args.rate}, known[c["name"]])
+        for c in cards
+        if todo[c["name"]]
+    ]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for row in tqdm(pool.map(removed, jobs), total=len(jobs), disable=None):
-            found.append(row)
-            if args.json:  # an interrupted run goes on behind its last adapter
-                write_atomic(args.json, json.dumps(setting | {"each": found}))
+            known[row["name"]] = row
+            if args.json:  # an interrupted run goes on behind its last adapter, and another method behind those that are there
+                write_atomic(args.json, json.dumps(setting | {"each": [r for r in known.values() if r]}))
+    found = list(known.values())
+    methods = [m for m in METHODS if all(m in r for r in found)]
     median = {
         m: {k: float(np.median([r[m][k]["value"] for r in found if r[m][k]])) for k in RATES}
         for m in ("base", "before", *methods)
