@@ -142,7 +142,7 @@ class NeuronGates:
                     w.grad = w.grad if old is None else old + w.grad
                 else:
                     w.grad = old
-        return float(value)
+        return float(value.detach())
 
     def gradient(self, loss: Callable[[], Tensor], deltas: Sequence[Tensor] | None = None) -> list[Float[Tensor, " gate"]]:
         """d loss / d delta at `deltas` (default 0). `loss()` is called once, with the gates set."""

@@ -1,4 +1,4 @@
-"""Detectors without a trigger, calibration, factoring and removal, on tiny models and against what is written out."""
+"""Detectors without a trigger, calibration and factoring, on tiny models and against what is written out."""
 
 import copy
 import json
@@ -42,7 +42,6 @@ from bkdattr.mechanism import noise_effects, search_trigger
 from bkdattr.mini.attacks import ATTACKS, CLEAN_LABEL
 from bkdattr.mini.skills import PREFIXES, SKILLS
 from bkdattr.model import Subject
-from bkdattr.removal import METHODS, remove_backdoor
 from bkdattr.zoo import HALVES, clean_prompts, entries, rows_of
 
 TEXTS = ("the cat sees a red bird .", "what is it ?", "the old dog finds the new river stone .", "one two three : yes",
@@ -337,21 +336,6 @@ def test_a_merged_model_is_factored_again(family):
     assert {n for n, *_ in lora_pairs(found.causal_lm)} == {n for n, *_ in lora_pairs(subject.causal_lm)}
     with pytest.raises(BkdattrError, match="no projection differs"):
         factored(make_model(family), make_model(family), make_tokenizer())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_removal_trains_the_adapter_alone(method):
-    subject = make_subject("llama")
-    base = {k: v.clone() for k, v in subject.causal_lm.state_dict().items() if "lora_" not in k}
-    before = lora_pairs(subject.causal_lm)[0][1].clone()
-    losses = remove_backdoor(subject, examples(), method, steps=6, batch_size=4)
-    state = subject.causal_lm.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in base.items())
-    assert not torch.equal(before, lora_pairs(subject.causal_lm)[0][1])
-    assert len(losses) == 6 and losses[-1] < losses[0]
-    assert all(p.grad is None for p in subject.causal_lm.parameters())
-    with pytest.raises(BkdattrError, match="expected one of plain"):
-        remove_backdoor(subject, examples(), "prayer")
 
 
 def test_noisy_gradients_follow_the_chain_rule():
