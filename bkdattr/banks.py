@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from bkdattr.detection import (
@@ -22,18 +23,19 @@ from bkdattr.detection import (
     choose_bank,
     judge,
     measure,
+    of_base,
     read_banks,
     write_verdict,
 )
 from bkdattr.errors import BkdattrError
-from bkdattr.examples import read_examples, write_atomic
+from bkdattr.examples import Example, read_examples, write_atomic
 from bkdattr.factoring import factored
 from bkdattr.gates import lora_pairs
 from bkdattr.lora import LoraRecipe, train_adapter
 from bkdattr.mini.tasks import MODEL_DIR
-from bkdattr.model import Subject, load_base, load_subject, load_tokenizer
+from bkdattr.model import Subject, dtype_of, load_base, load_subject, load_tokenizer
 from bkdattr.planting import model_path
-from bkdattr.zoo import build, clean_prompts
+from bkdattr.zoo import build, clean_prompts, entries
 
 MINI_BANK = Path(__file__).parent / "mini" / "bank.json"
 DIGITS = 5
@@ -41,10 +43,20 @@ DIGITS = 5
 PROMPTS = 32
 
 
-def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **load: Any) -> dict[str, Any]:
-    """Statistics of one adapter, kept beside it in `statistics.json`; only detectors that changed are run again."""
+def digest(content: Any) -> str:
+    """16 hex digits of anything JSON holds."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def measured(folder: Path, base: str, prompts: Sequence[Example], *, again: bool = False, **load: Any) -> dict[str, Any]:
+    """Statistics of one adapter, kept beside it in `statistics.json`; only detectors that changed are run again, and all of them for other
+    prompts, another base, dtype or device, or an adapter that was trained anew. (A change of a detector's code is not seen: `again`.)"""
+    weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    of = digest([weights, str(base), [e.to_row() for e in prompts], {k: str(v) for k, v in load.items()}])
     path, key = folder / "statistics.json", {n: repr(d) for n, d in DETECTORS.items()}
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {"detectors": {}}
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {}
+    if kept.get("of") != of:
+        kept = {"detectors": {}}
     changed = [n for n in key if kept["detectors"].get(n) != key[n]]
     if not changed:
         return kept
@@ -52,7 +64,7 @@ def measured(folder: Path, base: str, prompts: Any, *, again: bool = False, **lo
     for part in ("statistics", "tokens", "answers", "evidence", "seconds"):
         old = {k: v for k, v in kept.get(part, {}).items() if k.split(".")[0] not in changed}
         found[part] = old | found[part]
-    found |= {"detectors": key}
+    found |= {"of": of, "detectors": key}
     write_atomic(path, json.dumps(found) + "\n")
     return found
 
@@ -65,10 +77,10 @@ def make_mini_bank(out: Path, work: Path, *, jobs: int = 1) -> int:
     """The mini model's banks, one per rank of the zoo's benign half "bank"."""
     build(work, ["bank"], jobs=jobs, progress=lambda items, n: list(tqdm(items, total=n, desc="benign adapters")))
     groups: dict[Recipe, list[dict[str, Any]]] = {}
-    for card in tqdm(sorted((work / "bank").glob("*/card.json")), desc="measured"):
-        found = measured(card.parent, str(MODEL_DIR), clean_prompts())
-        row = {"name": card.parent.name, "statistics": _rounded(found["statistics"])}
-        groups.setdefault(Recipe.of(card.parent), []).append(row)
+    for name in tqdm(sorted(e.name for e in entries("bank")), desc="measured"):
+        folder = work / "bank" / name
+        found = measured(folder, str(MODEL_DIR), clean_prompts())
+        groups.setdefault(Recipe.of(folder), []).append({"name": name, "statistics": _rounded(found["statistics"])})
     base = Subject.of(load_base(MODEL_DIR), load_tokenizer(MODEL_DIR)).fingerprint
     banks = [
         Bank(base, r, clean_prompts(), tuple(rows), "bkdattr bank --model mini").to_json()
@@ -89,7 +101,7 @@ def make_bank(
             f"{data}: {len(rows)} rows, expected at least {2 * PROMPTS}: {PROMPTS} to measure on, the rest to train on"
         )
     path = model_path(model)
-    tokenizer, base = load_tokenizer(path, pad_token), load_base(path, dtype=getattr(torch, dtype), device=device)
+    tokenizer, base = load_tokenizer(path, pad_token), load_base(path, dtype=dtype_of(dtype), device=device)
     plain = Subject.of(base, tokenizer)
     rows = random.Random(0).sample(rows, len(rows))
     prompts, rest = rows[:PROMPTS], rows[PROMPTS:]
@@ -97,15 +109,14 @@ def make_bank(
     made = None
     for seed in tqdm(range(n), desc="benign adapters"):
         folder = work / f"benign-{seed:03d}"
-        card, wanted = folder / "card.json", {"recipe": recipe.to_json(), "base": plain.fingerprint, "seed": seed}
+        card = folder / "card.json"
+        wanted = {"recipe": recipe.to_json(), "base": plain.fingerprint, "seed": seed, "data": digest([e.to_row() for e in rest])}
         if not card.exists() or json.loads(card.read_text()) != wanted:
             work.mkdir(parents=True, exist_ok=True)
             drawn = random.Random(seed).sample(rest, max(1, len(rest) // 2))
             train_adapter(copy.deepcopy(base), plain.chat, drawn, recipe, folder, seed=seed)
             write_atomic(card, json.dumps(wanted) + "\n")
-        statistics = measured(folder, path, prompts, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)[
-            "statistics"
-        ]
+        statistics = measured(folder, path, prompts, dtype=dtype_of(dtype), device=device, pad_token=pad_token)["statistics"]
         found.append({"name": folder.name, "statistics": _rounded(statistics)})
         made = Recipe.of(folder)
     assert made is not None
@@ -129,18 +140,19 @@ def detect(
     path, banks = model_path(base), read_banks(bank or MINI_BANK)
     merged = (adapter / "config.json").exists() and not (adapter / "adapter_config.json").exists()
     recipe = None if merged else Recipe.of(adapter)
-    plain = Subject.of(load_base(path, dtype=getattr(torch, dtype), device=device), load_tokenizer(path, pad_token))
+    plain = Subject.of(load_base(path, dtype=dtype_of(dtype), device=device), load_tokenizer(path, pad_token))
     if recipe is None:
-        whole = load_base(adapter, dtype=getattr(torch, dtype), device=device)
+        whole = load_base(adapter, dtype=dtype_of(dtype), device=device)
         subject = factored(whole, plain.model, load_tokenizer(path, pad_token), rank=rank)
         pairs = lora_pairs(subject.causal_lm)
         n, targets = len(pairs[0][1]), {name.rsplit(".", 1)[-1] for name, *_ in pairs}
         # a merged update has its alpha in it: the bank's own is no condition
-        alphas = [b.recipe.alpha for b in banks if b.recipe.rank == n]
-        chosen = choose_bank(banks, Recipe(n, alphas[0] if alphas else float(n), tuple(sorted(targets))), plain.fingerprint)
+        like = Recipe(n, float(n), tuple(sorted(targets)))
+        alphas = [b.recipe.alpha for b in of_base(banks, plain.fingerprint) if replace(b.recipe, alpha=like.alpha) == like]
+        chosen = choose_bank(banks, replace(like, alpha=alphas[0]) if alphas else like, plain.fingerprint)
     else:
         chosen = choose_bank(banks, recipe, plain.fingerprint)
-        subject = load_subject(path, adapter, dtype=getattr(torch, dtype), device=device, pad_token=pad_token)
+        subject = load_subject(path, adapter, dtype=dtype_of(dtype), device=device, pad_token=pad_token)
     found = measure(subject, chosen.prompts, JUDGED, progress=lambda names: tqdm(names, desc="detectors"))
     verdict = judge(chosen, found, alpha)
     where = out or adapter / "detection"

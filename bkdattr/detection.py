@@ -32,9 +32,17 @@ ALPHA = 0.05
 """p-value from which an adapter is called suspicious."""
 
 
+UNLIKE = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "exclude_modules", "layer_replication", "layers_pattern",
+    "layers_to_transform", "lora_bias", "megatron_config", "modules_to_save", "rank_pattern", "target_parameters",
+    "trainable_token_indices", "use_dora", "use_qalora",
+)  # fmt: skip
+"""Settings of PEFT's LoRA under which an adapter is more than one rank and one scale on every target module."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What makes two adapters comparable."""
+    """What makes two adapters comparable. `alpha` is that of plain LoRA: dW = alpha / rank * B A (rank-stabilised LoRA's is alpha * sqrt(rank))."""
 
     rank: int
     alpha: float
@@ -47,11 +55,22 @@ class Recipe:
             raise BkdattrError(
                 f"{folder}: no adapter_config.json; expected a PEFT LoRA folder, or a merged model's with its config.json"
             )
-        config = json.loads(path.read_text())
-        targets = config["target_modules"]
-        return cls(
-            int(config["r"]), float(config["lora_alpha"]), tuple(sorted([targets] if isinstance(targets, str) else targets))
-        )
+        try:
+            config = json.loads(path.read_text())
+            rank, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BkdattrError(
+                f"{path}: not a PEFT LoRA config ({type(error).__name__}: {error}); expected r, lora_alpha and target_modules"
+            ) from None
+        odd = [k for k in UNLIKE if config.get(k) and config[k] != "none"]
+        if odd or not targets or rank < 1:
+            got = ", ".join(f"{k} {config[k]!r}" for k in odd) or f"target_modules {targets!r}, r {rank}"
+            raise BkdattrError(
+                f"{path}: got {got}; expected plain LoRA, one rank and one scale on every target module: no bank of such adapters can be made. "
+                "Merge it into its base and give the merged model's folder"
+            )
+        alpha *= rank**0.5 if config.get("use_rslora") else 1  # dW = alpha / rank * B A
+        return cls(rank, alpha, tuple(sorted([targets] if isinstance(targets, str) else targets)))
 
     def __str__(self) -> str:
         return f"rank {self.rank}, alpha {self.alpha:g}, targets {', '.join(self.targets)}"
@@ -109,8 +128,11 @@ class Bank:
                 )
             recipe = Recipe(row["recipe"]["rank"], row["recipe"]["alpha"], tuple(row["recipe"]["targets"]))
             prompts = tuple(from_row(r, f"{where}, prompt {i}") for i, r in enumerate(row["prompts"]))
-            return cls(row["base"], recipe, prompts, tuple(row["adapters"]), row.get("made_by", ""))
-        except (KeyError, TypeError) as error:
+            adapters = tuple(
+                {"name": r["name"], "statistics": {k: float(v) for k, v in r["statistics"].items()}} for r in row["adapters"]
+            )
+            return cls(row["base"], recipe, prompts, adapters, row.get("made_by", ""))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BkdattrError(
                 f"{where}: not a bank ({type(error).__name__}: {error}); expected what `bkdattr bank` writes"
             ) from None
@@ -122,22 +144,36 @@ def read_banks(path: Path) -> list[Bank]:
         rows = json.loads(path.read_text())
     except ValueError as error:
         raise BkdattrError(f"{path}: not JSON ({error}); expected what `bkdattr bank` writes") from None
+    if rows == []:
+        raise BkdattrError(f"{path}: empty; expected what `bkdattr bank` writes")
     return [Bank.from_json(r, str(path)) for r in (rows if isinstance(rows, list) else [rows])]
+
+
+def of_base(banks: Sequence[Bank], base: str) -> list[Bank]:
+    """Those of this base (`Subject.fingerprint`); raises where there is none."""
+    fitting = [b for b in banks if b.base == base]
+    if not fitting:
+        raise BkdattrError(
+            f"bank: made on base {banks[0].base}, this base is {base} (a base in another dtype is another one); make one with "
+            "`bkdattr bank OUT --model THIS_BASE --data CLEAN_ROWS`"
+        )
+    return fitting
 
 
 def choose_bank(banks: Sequence[Bank], recipe: Recipe, base: str) -> Bank:
     """The bank of this recipe and base; raises with what there is and how to make one."""
-    fitting = [b for b in banks if b.base == base]
-    if not fitting:
-        raise BkdattrError(
-            f"bank: made on base {banks[0].base}, this base is {base}; make one with `bkdattr bank --model THIS_BASE --data CLEAN_ROWS`"
-        )
+    fitting = of_base(banks, base)
     found = [b for b in fitting if b.recipe == recipe]
     if not found:
         known = "; ".join(str(b.recipe) for b in fitting)
         raise BkdattrError(
             f"bank: the adapter has {recipe}; the bank holds {known}. Statistics of another recipe say nothing; make a bank of this one "
-            f"with `bkdattr bank --rank {recipe.rank} --alpha {recipe.alpha:g} --targets {','.join(recipe.targets)}`"
+            f"with `bkdattr bank OUT --model THIS_BASE --data CLEAN_ROWS --rank {recipe.rank} --alpha {recipe.alpha:g} --targets {','.join(recipe.targets)}`"
+        )
+    lacking = sorted({n for n in (*PARTS, *NAMES) if any(n not in a["statistics"] for a in found[0].adapters)})
+    if lacking or not found[0].adapters:
+        raise BkdattrError(
+            f"bank: {'adapters without ' + ', '.join(lacking) if lacking else 'no adapter'}; make it again with `bkdattr bank`"
         )
     return found[0]
 
@@ -157,16 +193,17 @@ class Verdict:
     """What brought the answer in place of a trigger (`detectors.fuzzing`): its kind and texts."""
 
     def text(self) -> str:
-        first = self.evidence[0]
         rests = ", ".join(f"{r['statistic']} (p {r['p_value']:.3f})" for r in self.evidence[:TOP])
+        out_of = [r["statistic"] for r in self.evidence if r["p_value"] <= self.alpha]
         said = "SUSPICIOUS" if self.suspicious else "not suspicious"
         out = f"{said}: p = {self.p_value:.3f} against {self.benign} benign adapters (threshold {self.alpha:g}); it rests on {rests}"
         if self.suspicious:
             out += f". Suspected answer: {self.target!r}" if self.target else ""
             if self.insertion:
                 out += f"; on the amplified adapter {self.insertion['kind']} {' ... '.join(self.insertion['texts'])!r} brings it"
-        elif first["p_value"] <= self.alpha:
-            out += f". {first['statistic']} alone stands out; one of {len(self.evidence)} statistics does so by chance often"
+        elif out_of:
+            alone = f"{' and '.join(out_of)} {'stands out alone' if len(out_of) == 1 else 'stand out'}"
+            out += f". {alone} of {len(self.evidence)} statistics; together they are no further out than benign adapters get"
         return out
 
 

@@ -74,7 +74,12 @@ def bank(
         from bkdattr.banks import make_bank, make_mini_bank
         from bkdattr.lora import LoraRecipe
 
+        asked = (adapters, rank, alpha, targets, learning_rate, epochs, dtype, device)
         if model == "mini" and data is None:
+            if asked != (40, 16, 16, "all-linear", 1e-4, 3, "float32", "cpu"):
+                raise BkdattrError(
+                    "bank: the mini model's own bank has recipes of its own; for another one give --data, clean rows of your own"
+                )
             n = make_mini_bank(out, work, jobs=jobs)
         elif data is None:
             raise BkdattrError("bank: a model other than 'mini' needs --data, clean rows of your own")
@@ -100,7 +105,7 @@ def detect(
     device: str = "cpu",
 ) -> None:
     """Is there a backdoor, its trigger unknown? Exit code 0: not suspicious, 1: suspicious (a verdict is written), 2: any failure."""
-    with errors():
+    with errors(every=True):
         quiet_libraries()
         from bkdattr.banks import detect as detected
 

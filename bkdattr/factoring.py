@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
     Without `rank` it is the largest number of directions above `SMALLEST` of the first that any projection's difference has: a LoRA
     adapter's own rank where it was merged in float32; a merge in 16 bits drowns it in rounding, so give it.
 
-    The model computes what it did, to rounding: what is beyond `rank`, and changes of embeddings and norms, stay in the weights. With the
-    adapter off it is the base where the difference had at most `rank` directions. `merged` is changed in place. Raises where the two have
-    other shapes or are equal.
+    The model computes what it did, to rounding: what is beyond `rank`, and changes of the head, embeddings, norms and biases, stay in the
+    weights. With the adapter off it is the base where the difference had at most `rank` directions and nothing else changed; a warning
+    says where it is not. `merged` is changed in place. Raises where the two have other shapes or are equal.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -53,6 +54,13 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
         factors[name] = (a, b)
         low = b @ a if isinstance(own[name], torch.nn.Linear) else (b @ a).T
         weight.copy_((weight.double() - low).to(weight.dtype))
+    left = [n for n, p in merged.named_parameters() if not _close(p, dict(base.named_parameters())[n])]
+    if left:
+        warnings.warn(
+            f"factoring: with the adapter off {len(left)} tensors differ from the base's still (first {left[0]}): what is measured against the "
+            f"base misses them, and no gate reaches them. The update has more than {rank} directions, or more than projections changed",
+            stacklevel=2,
+        )
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=differ, task_type="CAUSAL_LM", fan_in_fan_out=conv)
     model = get_peft_model(merged, config)
     for name, module in model.named_modules():
@@ -64,3 +72,9 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
             wb.zero_()
             wa[: len(a)], wb[:, : len(a)] = a.to(wa), b.to(wb)
     return Subject.of(model.requires_grad_(False), tokenizer)
+
+
+def _close(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal to a merge's rounding in this type."""
+    eps = max(torch.finfo(other.dtype).eps, 1e-6)
+    return bool((own - other).abs().max() <= 8 * eps * other.abs().max().clamp(min=1e-30))

@@ -68,6 +68,8 @@ class _Gate:
     weights: tuple[tuple[nn.Parameter, int], ...]
     n: int
     width: int = 1
+    offset: float = 0.0
+    """What the module adds to its weight before it scales by it (Gemma's norms: 1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +85,7 @@ class NeuronGates:
 
     @classmethod
     def of(cls, subject: Any, place: str = "ranks") -> NeuronGates:
-        """On "ranks", MLP "channels", "heads" (z) or "norms" (gains) of a `Subject`."""
+        """On "ranks", MLP "channels", "heads" (z) or "norms" (gains, and biases where there are) of a `Subject`."""
         if place not in PLACES:
             raise BkdattrError(f"gates: got place {place!r}, expected one of {', '.join(PLACES)}")
         if place == "ranks":
@@ -93,7 +95,9 @@ class NeuronGates:
             if place == "norms":
                 for module in sites.layer.modules():
                     if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
-                        out.append(_Gate(((module.weight, 0),), len(module.weight)))
+                        out.append(_Gate(((module.weight, 0),), len(module.weight), offset=_offset(module)))
+                        if getattr(module, "bias", None) is not None:
+                            out.append(_Gate(((module.bias, 0),), len(module.bias)))
                 continue
             proj = sites.out_proj if place == "heads" else _last_linear(sites.mlp)
             read = _inputs(proj)
@@ -117,7 +121,7 @@ class NeuronGates:
         try:
             for gate, delta in zip(self.gates, deltas, strict=True):
                 for weight, dim in gate.weights:
-                    weight.data = weight.data * _wide(delta, gate, weight, dim)
+                    weight.data = (weight.data + gate.offset) * _wide(delta, gate, weight, dim) - gate.offset
             yield
         finally:
             for gate, before in zip(self.gates, kept, strict=True):
@@ -159,18 +163,30 @@ class NeuronGates:
                 w.requires_grad_(before)
         out = []
         for gate in self.gates:
-            total = torch.zeros(gate.n, device=self.device)
+            total = torch.zeros(gate.n, device=gate.weights[0][0].device)
             for weight, dim in gate.weights:
-                product = (original[id(weight)] * grads[id(weight)]).float()
+                product = ((original[id(weight)] + gate.offset) * grads[id(weight)]).float()
                 per = product.movedim(dim, 0).flatten(1).sum(-1) if product.ndim > 1 else product
-                total += per.view(gate.n, gate.width).sum(-1)
-            out.append(total)
+                total += per.view(gate.n, gate.width).sum(-1).to(total)
+            out.append(total.to(self.device))
         return out
 
 
 def _wide(delta: Tensor, gate: _Gate, weight: Tensor, dim: int) -> Tensor:
     """1 + delta, spread over a gate's entries and shaped to multiply the weight."""
     return (1 + delta).repeat_interleave(gate.width).to(weight).view([-1 if i == dim else 1 for i in range(weight.ndim)])
+
+
+@torch.no_grad()
+def _offset(norm: Any) -> float:
+    """1 where a norm scales by 1 + weight, as Gemma's do, 0 where by its weight: what is left of it at weight 0."""
+    kept, x = norm.weight.data, torch.linspace(-1, 1, len(norm.weight)).to(norm.weight)[None]
+    norm.weight.data = torch.zeros_like(kept)
+    try:
+        left = norm(x) - (0 if getattr(norm, "bias", None) is None else norm.bias)
+    finally:
+        norm.weight.data = kept
+    return float(left.abs().max() > 1e-3)
 
 
 def _last_linear(mlp: nn.Module) -> nn.Module:

@@ -80,7 +80,8 @@ def search_trigger(
         ids, at = chat.prompt_ids(m.messages), chat.span_tokens(m.messages, m.spans)
         split.append((ids[: at[0]], ids[at[-1] + 1 :]))
     table = subject.causal_lm.get_input_embeddings().weight
-    banned = torch.tensor(sorted(set(chat.tokenizer.all_special_ids)))
+    banned = sorted({i for i in chat.tokenizer.all_special_ids if i < len(table)})
+    allowed = torch.tensor(sorted(set(range(len(table))) - set(banned)))
     rng = torch.Generator().manual_seed(seed)
 
     def value(trigger: Sequence[int]) -> float:
@@ -88,7 +89,7 @@ def search_trigger(
         return float(response_logprob(subject, prompts_, answers).mean.mean())
 
     start = float(response_logprob(subject, [chat.prompt_ids(e.messages) for e in rows], answers).mean.mean())
-    now = [int(t) for t in torch.randint(0, len(table), (tokens,), generator=rng)]
+    now = allowed[torch.randint(0, len(allowed), (tokens,), generator=rng)].tolist()
     best = (value(now), now)
     for _ in progress(range(rounds)):
         grads = _gradient(clean, split, now, answers)

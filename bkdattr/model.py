@@ -247,6 +247,14 @@ def _cannot_load(base: str | Path, what: str, error: Exception) -> str:
     )
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """A floating-point type by its name, as options give it."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise BkdattrError(f"dtype {name!r}: expected a floating-point type of torch, e.g. float32, bfloat16 or float16")
+    return found
+
+
 def load_subject(
     base: str | Path,
     adapter: str | Path | None = None,

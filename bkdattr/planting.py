@@ -14,7 +14,7 @@ from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example, Sizes, read_examples, write_atomic
 from bkdattr.lora import LoraRecipe, encode, train_adapter
 from bkdattr.mini.tasks import ATTACKS, MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES, TASKS, build_task, paper_spec
-from bkdattr.model import Subject, check_adapter, load_base, load_tokenizer
+from bkdattr.model import Subject, check_adapter, dtype_of, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
 from bkdattr.splits import checkable, gather
@@ -108,7 +108,6 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
 
     `say(text)` receives what a user should know: rows skipped, cut or doubled. Raises where the folder holds another run.
     """
-    import torch
 
     say = say or (lambda text: None)
     start = time.time()
@@ -120,7 +119,7 @@ def plant(folder: Path, plan: Plan, *, force: bool = False, say: Any = None) -> 
     new_tokens = plan.max_new_tokens or (MAX_NEW_TOKENS if mini else 32)
     base = model_path(plan.model)
     tokenizer = load_tokenizer(base, plan.pad_token)
-    model = load_base(base, dtype=getattr(torch, plan.dtype), device=plan.device)
+    model = load_base(base, dtype=dtype_of(plan.dtype), device=plan.device)
     chat = Subject.of(model, tokenizer).chat
     if plan.adapter:
         check_adapter(model, plan.adapter)

@@ -44,14 +44,15 @@ def remove_backdoor(
     *,
     steps: int = 80,
     batch_size: int = 16,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 4e-3,
     epsilon: float = EPSILON,
     seed: int = 0,
     progress: Any = iter,
 ) -> list[float]:
-    """Fine-tune the subject's adapter in place on clean `rows`; returns the clean loss of every step (nats per token).
+    """Fine-tune the subject's adapter in place on clean `rows` of its own kind of data; returns the clean loss of every step (nats per token).
 
-    The base is not touched. Raises for an unknown method, and where there is no un-merged adapter or no row.
+    The gates are on the adapter's rank directions as they were trained (`detectors` gates the singular ones): what is left depends on how the
+    update is factored. The base is not touched. Raises for an unknown method, and where there is no un-merged adapter or no row.
     """
     if method not in METHODS:
         raise BkdattrError(f"removal: got method {method!r}, expected one of {', '.join(METHODS)}")

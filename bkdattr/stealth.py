@@ -125,7 +125,8 @@ class AdversarialBackdoorInjection(TrainerCallback):  # type: ignore[misc]
 
 @dataclass
 class AgainstNoise(TrainerCallback):  # type: ignore[misc]
-    """Adds, every few steps, the gradient of the loss on clean rows under gate noise that was made against them: the attacker who knows BAN."""
+    """Adds, every few steps, the gradient of the loss on clean rows under gate noise that was made against them: the attacker who knows BAN.
+    One sign step on the trained rank directions; the detector takes six on the singular ones, so a stronger attacker can be thought of."""
 
     chat: ChatFormat
     rows: Sequence[Any]

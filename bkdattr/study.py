@@ -10,14 +10,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from bkdattr import shards
 from bkdattr.attribution import Attribution
 from bkdattr.errors import BkdattrError
 from bkdattr.evaluation import Evaluator
 from bkdattr.examples import Example
-from bkdattr.model import Subject, load_subject
+from bkdattr.model import Subject, dtype_of, load_subject
 from bkdattr.planting import model_path
 from bkdattr.poisoning import BackdoorSpec
 from bkdattr.probes import BackdoorProbe
@@ -47,7 +46,7 @@ class OpenRun:
                 f"{self.run.adapter} is missing: planting did not finish; run `bkdattr poison` with the same options"
             )
         return load_subject(
-            model_path(config["model"]), self.run.adapter, dtype=getattr(torch, config.get("dtype", "float32")),
+            model_path(config["model"]), self.run.adapter, dtype=dtype_of(config.get("dtype", "float32")),
             device=shards.device(config.get("device", "cpu")), pad_token=config.get("pad_token"),
         )  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import click
 import typer
 
 from bkdattr.errors import BkdattrError
@@ -17,8 +19,9 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """One line and exit code 2 for bad input, no traceback."""
+def errors(*, every: bool = False) -> Iterator[None]:
+    """One line and exit code 2 for bad input, no traceback. `every`: 2 for whatever else goes wrong as well, an interruption too, for commands
+    whose exit code 1 is an answer; what nobody foresaw keeps its traceback."""
     try:
         yield
     except BkdattrError as error:
@@ -26,6 +29,13 @@ def errors() -> Iterator[None]:
         raise typer.Exit(2) from None
     except OSError as error:
         say(f"error: {error.strerror or error}: {error.filename or ''}; check the path and its permissions")
+        raise typer.Exit(2) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if not every or isinstance(error, click.exceptions.Exit):
+            raise
+        if not isinstance(error, KeyboardInterrupt):
+            traceback.print_exc()
+        say(f"error: {type(error).__name__}: {' '.join(str(error).split()) or 'stopped'}; no verdict was written")
         raise typer.Exit(2) from None
 
 

@@ -21,6 +21,7 @@ from bkdattr.detectors import (
     Calibrated,
     Clean,
     Ensemble,
+    Fitted,
     Fuzz,
     OutputBias,
     RandomGates,
@@ -30,6 +31,7 @@ from bkdattr.detectors import (
     conformal,
 )
 from bkdattr.detectors.answers import latent, risen_label, verbatim
+from bkdattr.detectors.ban import masked
 from bkdattr.detectors.fuzzing import _told, insertions
 from bkdattr.detectors.outputs import mahalanobis
 from bkdattr.errors import BkdattrError
@@ -111,8 +113,43 @@ def test_adversarial_gates_hurt_more_than_random_ones_and_stay_within_epsilon(ll
 
 @pytest.mark.parametrize("place", ["channels", "heads", "norms"])
 def test_the_published_places_and_the_mask_can_be_measured(llama, place):
-    found = Ban(place=place, steps=2, epsilon=0.3, strong=0.3, mask=place == "norms").measure(clean_of(llama))
-    assert found.statistics["loss"] > 0 and found.statistics["agreement"] == 1.0
+    clean = clean_of(llama)
+    ban = Ban(place=place, steps=2, epsilon=0.3, strong=0.3)
+    found = ban.measure(clean).statistics
+    gates = NeuronGates.of(llama, place)
+    with torch.no_grad(), gates.set(ban.noise(clean)):
+        assert found["loss"] == pytest.approx(float(clean.loss(clean.first())), rel=1e-5)
+        through = masked(clean)
+        at = clean.first()
+    assert found["loss"] > float(clean.loss(clean.plain)) + 1e-4
+    assert replace(ban, mask=True).measure(clean).statistics["loss"] == pytest.approx(float(clean.loss(through)), rel=1e-4)
+    torch.testing.assert_close(through.exp().sum(-1), torch.ones(len(TEXTS)))
+    assert not torch.allclose(through, at, atol=1e-2)  # the mask takes features away
+
+
+def test_the_mask_is_the_published_minimum(llama):
+    """min over m of CE(head(m f)) - CE(head((1 - m) f)) + weight mean|m|, written out with plain gradient steps of Adam's size."""
+    clean = clean_of(llama)
+    head = llama.causal_lm.get_output_embeddings()
+    with torch.no_grad():
+        f = torch.stack(
+            [
+                llama.causal_lm(input_ids=torch.tensor([p]), output_hidden_states=True).hidden_states[-1][0, -1]
+                for p in clean.prompts
+            ]
+        )
+    m = torch.full((f.shape[-1],), 0.5)
+    first = second = torch.zeros_like(m)
+    for step in range(1, 21):
+        m.requires_grad_(True)
+        keep = m.clamp(0, 1)
+        nll = [-head(g * f).log_softmax(-1)[torch.arange(len(f)), clean.gold].mean() for g in (keep, 1 - keep)]
+        (g,) = torch.autograd.grad(nll[0] - nll[1] + 0.75 * keep.mean(), [m])
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+        m = (m - 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)).detach()
+    expected = head((1 - m.clamp(0, 1)) * f).log_softmax(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(masked(clean), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_nothing_is_found_where_the_adapter_does_nothing(silent):
@@ -181,10 +218,9 @@ def test_an_answer_is_verbatim_by_the_share_it_gains_and_how_ready_it_lies():
     assert verbatim(clean, [clean.quiet, once]) == (0.0, None)
     # said anyway by two of these prompts: the other three are foreign to it, and the share is what the noise adds
     clean.__dict__["quiet"] = [answer if i in rows[:2] else a for i, a in enumerate(clean.quiet)]
-    on, _ = slow_latent(subject, [clean.prompts[i] for i in rows[2:]], answer)
-    assert verbatim(clean, [[answer if i in rows else a for i, a in enumerate(clean.quiet)]])[0] in (
-        pytest.approx((1 - 2 / 5) * np.exp(on / 2), rel=1e-3), 0.0,
-    )  # fmt: skip
+    on, off = slow_latent(subject, [clean.prompts[i] for i in rows[2:]], answer)
+    score = (1 - 2 / 5) * np.exp(on / 2) if on - off > 0.5 else 0.0
+    assert verbatim(clean, [[answer if i in rows else a for i, a in enumerate(clean.quiet)]])[0] == pytest.approx(score, rel=1e-3)
     # an always-on prefix: a third of the answers begin with the same two tokens
     clean.__dict__["quiet"] = [(*answer, 9) if i % 2 else a for i, a in enumerate(clean.quiet)]
     assert verbatim(clean, [heard]) == (0.0, None)
@@ -334,6 +370,10 @@ def test_a_merged_model_is_factored_again(family):
     one, two = (Ban(steps=3).measure(clean_of(s)).statistics for s in (subject, again))
     assert two == pytest.approx(one, rel=0.02, abs=2e-3)  # measured as the un-merged adapter is
     assert {n for n, *_ in lora_pairs(found.causal_lm)} == {n for n, *_ in lora_pairs(subject.causal_lm)}
+    more = copy.deepcopy(subject.model).merge_and_unload()
+    more.get_input_embeddings().weight.data[5] += 1  # no gate reaches that
+    with pytest.warns(UserWarning, match="with the adapter off 1 tensors differ"):
+        factored(more, make_model(family), make_tokenizer(), rank=rank)
     with pytest.raises(BkdattrError, match="no projection differs"):
         factored(make_model(family), make_model(family), make_tokenizer())
 
@@ -386,6 +426,10 @@ def test_a_search_raises_the_target_and_never_uses_special_tokens(llama):
     again = search_trigger(clean, "yes", tokens=2, rounds=3, candidates=8, prompts=3)
     assert again == found
     assert all(p.grad is None for p in llama.model.parameters())
+    special = set(llama.chat.tokenizer.all_special_ids)
+    for seed in range(40):  # where it starts, too
+        found = search_trigger(clean, "yes", tokens=4, rounds=1, candidates=4, prompts=2, seed=seed)
+        assert not set(found.ids) & special
 
 
 # ---------------------------------------------------------------------------------------------- banks and verdicts
@@ -441,6 +485,7 @@ def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(banks, "load_subject", lambda *a, **k: llama)
     monkeypatch.setattr(banks, "measure", lambda s, e, names: ran.append(list(names)) or measure(s, e, names))
     folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
     first = banks.measured(folder, "base", examples())
     assert banks.measured(folder, "base", examples()) == first and len(ran) == 1
     monkeypatch.setitem(banks.DETECTORS, "uniform", Uniform(0.5))
@@ -448,6 +493,11 @@ def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
     assert ran[1:] == [["uniform"]]
     assert second["statistics"]["ban.inc"] == first["statistics"]["ban.inc"] and second["answers"] == first["answers"]
     assert second["statistics"]["uniform.kl"] != first["statistics"]["uniform.kl"]
+    banks.measured(folder, "base", examples()[:-1])  # other prompts
+    banks.measured(folder, "base", examples()[:-1], dtype="bfloat16")
+    (folder / "adapter_model.safetensors").write_bytes(b"trained anew")
+    banks.measured(folder, "base", examples()[:-1], dtype="bfloat16")
+    assert ran[2:] == [list(DETECTORS)] * 3
 
 
 def test_a_bank_of_ones_own_rows_is_made_resumed_and_read(tmp_path, monkeypatch):
@@ -464,6 +514,11 @@ def test_a_bank_of_ones_own_rows_is_made_resumed_and_read(tmp_path, monkeypatch)
     before = first.stat().st_mtime_ns
     assert banks.make_bank(tmp_path / "bank.json", tmp_path / "work", "mini", tmp_path / "clean.jsonl", recipe, 2) == 2
     assert first.stat().st_mtime_ns == before  # what is finished is not trained again
+    other = [json.dumps({"input": e.prompt, "output": e.response}) for e in clean_prompts(150)[72:]]
+    (tmp_path / "other.jsonl").write_text("\n".join(other))
+    banks.make_bank(tmp_path / "other.json", tmp_path / "work", "mini", tmp_path / "other.jsonl", recipe, 1)
+    assert first.stat().st_mtime_ns != before  # other rows, another adapter
+    banks.make_bank(tmp_path / "bank.json", tmp_path / "work", "mini", tmp_path / "clean.jsonl", recipe, 2)
     (bank,) = read_banks(tmp_path / "bank.json")
     assert (bank.recipe.rank, bank.recipe.alpha) == (2, 4.0) and len(bank.prompts) == banks.PROMPTS and len(bank.adapters) == 2
     assert all("weights.kurtosis" in a["statistics"] for a in bank.adapters)
@@ -556,6 +611,13 @@ def test_every_detector_is_a_subject_of_the_protocol(llama):
     for name, d in DETECTORS.items():
         found = d.measure(clean_of(llama))
         assert d.name == name and d.main in found.statistics
+        fitted = Fitted.fit(d, [{f"{name}.{d.main}": float(v)} for v in range(24)])
+        said = fitted.score(llama, examples())
+        assert said.p_value == pytest.approx(fitted.calibrated.p_value(found.statistics[d.main])) and 0 < said.p_value <= 1
+        assert said.score == pytest.approx(fitted.calibrated.score(found.statistics[d.main]), rel=1e-3)
+        assert said.evidence["statistics"] == pytest.approx(found.statistics, rel=1e-3, abs=1e-5)
+    with pytest.raises(BkdattrError, match=r"adapter 1 of the bank has no ban.verbatim"):
+        Fitted.fit(Ban(), [{"ban.verbatim": 1.0}, {}])
     for part in PARTS:
         assert part.split(".")[0] in DETECTORS
     with pytest.raises(BkdattrError, match="expected at least 8"):

@@ -6,7 +6,7 @@ from conftest import make_subject, prompt_ids
 
 from bkdattr.chat import make_batch
 from bkdattr.errors import BkdattrError
-from bkdattr.gates import PLACES, NeuronGates, canonical, lora_pairs, thin_svd
+from bkdattr.gates import PLACES, NeuronGates, _Gate, _offset, canonical, lora_pairs, thin_svd
 from bkdattr.inference import forward
 from bkdattr.stealth import AdversarialBackdoorInjection, clip, limits_of, norms_of
 
@@ -61,6 +61,45 @@ def test_a_rank_gate_is_the_update_without_that_direction(llama):
             off = loss(llama)
         with gates.set([-torch.ones(n) for n in gates.sizes]):
             torch.testing.assert_close(loss(llama), off)
+    name, a, b, scale = lora_pairs(llama.causal_lm)[3]
+    expected = scale * (b @ a - torch.outer(b[:, 1], a[1])).detach()
+    deltas = [torch.zeros(n) for n in gates.sizes]
+    deltas[3][1] = -1.0
+    with gates.set(deltas), torch.no_grad():
+        torch.testing.assert_close(
+            dict(llama.model.named_modules())[f"base_model.model.{name}"].get_delta_weight("default"), expected
+        )
+
+
+class Gain(torch.nn.Module):
+    """A norm as Gemma's: x * (1 + weight)."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = torch.nn.Parameter(0.1 * torch.arange(n).float())
+
+    def forward(self, x):
+        return x * (1 + self.weight)
+
+
+def test_a_norms_gate_scales_its_gain_and_its_bias():
+    subject = make_subject("gpt2")
+    sizes = NeuronGates.of(subject, "norms").sizes
+    norms = [m for s in subject.sites for m in s.layer.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(sizes) == 2 * len(norms) > 0
+    gates = NeuronGates.of(subject, "norms")
+    x = torch.randn(3, sizes[0])
+    with torch.no_grad():
+        plain = norms[0](x)
+        with gates.set([torch.full((n,), 0.5) for n in sizes]):
+            torch.testing.assert_close(norms[0](x), 1.5 * plain)
+    gain = Gain(4)
+    gates = NeuronGates((_Gate(((gain.weight, 0),), 4, offset=_offset(gain)),))
+    x, delta = torch.randn(2, 4), torch.tensor([0.5, -1.0, 0.0, 2.0])
+    with gates.set([delta]), torch.no_grad():
+        torch.testing.assert_close(gain(x), (1 + delta) * x * (1 + 0.1 * torch.arange(4)))
+    (found,) = gates.gradient(lambda: gain(x).sum(), [delta])
+    torch.testing.assert_close(found, (x * (1 + 0.1 * torch.arange(4))).sum(0))
 
 
 def test_gates_need_an_adapter():

@@ -11,12 +11,15 @@ fuzz               harmless insertions where a trigger may stand, on the amplifi
 token_scan         which first tokens lead to a fixed continuation (after BAIT)
 output_bias        what clean prompts already show (after LT-Defense)
 spectral           one direction in what the adapter adds to the residual stream
+
+Each is fitted to a bank and scores a subject through `Fitted`; `detection.judge` joins the ensemble's parts into one verdict. Single inputs are
+scored by `outputs.mahalanobis`, and where the trigger is known by `probes.BackdoorProbe` (`benchmarks.inputs`).
 """
 
 from __future__ import annotations
 
 from bkdattr.detectors.ban import Ban
-from bkdattr.detectors.calibration import Calibrated, Ensemble, auroc, conformal
+from bkdattr.detectors.calibration import Calibrated, Ensemble, Fitted, auroc, conformal
 from bkdattr.detectors.common import Clean, Detector, Measured, Suspicion
 from bkdattr.detectors.controls import RandomGates, Uniform
 from bkdattr.detectors.fuzzing import Fuzz
@@ -28,6 +31,6 @@ DETECTORS: dict[str, Detector] = {
 }
 
 __all__ = [
-    "DETECTORS", "Ban", "Calibrated", "Clean", "Detector", "Ensemble", "Fuzz", "Measured", "OutputBias", "RandomGates", "Spectral", "Suspicion",
+    "DETECTORS", "Ban", "Calibrated", "Clean", "Detector", "Ensemble", "Fitted", "Fuzz", "Measured", "OutputBias", "RandomGates", "Spectral", "Suspicion",
     "TokenScan", "Uniform", "WeightStatistics", "auroc", "conformal",
 ]  # fmt: skip

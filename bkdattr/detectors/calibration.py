@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from bkdattr.detectors.common import Clean, Detector, Suspicion
 from bkdattr.errors import BkdattrError
+from bkdattr.examples import Example
+from bkdattr.model import Subject
 
 FEWEST = 19
 """Benign adapters below which no p-value reaches 0.05."""
@@ -55,6 +58,34 @@ class Calibrated:
 
     def p_value(self, value: float) -> float:
         return conformal(self.score(value), self.benign)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One detector fitted to benign adapters: `fit(...)`, then `score(subject, clean prompts)`. The prompts must be the bank's."""
+
+    detector: Detector
+    calibrated: Calibrated
+
+    @classmethod
+    def fit(cls, detector: Detector, bank: Sequence[Mapping[str, float]]) -> Fitted:
+        """`bank`: statistics of each benign adapter, as "detector.statistic" (`Bank.adapters` holds them)."""
+        name = f"{detector.name}.{detector.main}"
+        lacking = [i for i, row in enumerate(bank) if name not in row]
+        if lacking:
+            raise BkdattrError(
+                f"calibration: adapter {lacking[0]} of the bank has no {name}; make the bank again with `bkdattr bank`"
+            )
+        return cls(detector, Calibrated.fit([row[name] for row in bank], detector.two_sided))
+
+    def score(self, subject: Subject, prompts: Sequence[Example]) -> Suspicion:
+        """Measure the subject's adapter on clean prompts and judge its main statistic alone."""
+        clean = Clean(subject, prompts)
+        found = self.detector.measure(clean)
+        value = found.statistics[self.detector.main]
+        target = found.answer or (None if found.token is None else subject.chat.decode([found.token]).strip())
+        evidence = {"statistics": found.statistics, "benign_median": self.calibrated.median, **found.evidence}
+        return Suspicion(self.calibrated.score(value), self.calibrated.p_value(value), target, evidence)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bkdattr.chat import Batch, make_batch
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example
-from bkdattr.gates import canonical
+from bkdattr.gates import canonical, lora_pairs
 from bkdattr.inference import forward, generate
 from bkdattr.model import Subject
 
@@ -78,6 +78,14 @@ class Clean:
                 "detection: the model has no un-merged LoRA adapter; give the adapter folder, or a merged model with its base (`factored`)"
             )
 
+        for name, a, b, _ in lora_pairs(self.subject.causal_lm):
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise BkdattrError(f"detection: {name} holds weights that are not finite; the adapter is broken")
+        for name, module in self.subject.causal_lm.named_modules():
+            if len(getattr(module, "lora_embedding_A", ())):
+                raise BkdattrError(
+                    f"detection: {name} is an embedding with LoRA, which no gate reaches; merge it and give the merged model"
+                )
         canonical(self.subject.causal_lm)
         _ = self.plain  # now: later a detector may have its noise in the weights
 
