@@ -210,8 +210,9 @@ def removal_table():
     """From `benchmarks/results/removal.json`: medians over adapters."""
     found = json.loads((RESULTS / "removal.json").read_text())
     keys = ("asr", "recovered", "broken", "clean_accuracy")
-    rows = [[m, *(f"{r[k]:.2f}" for k in keys)] for m, r in found["median"].items()]
-    head = [f"median of {found['adapters']}, {found['steps']} steps", "ASR", "recovered", "broken", "clean accuracy"]
+    met = {m: f"{r['hits']}/{r['total']} [{r['low']:.2f}, {r['high']:.2f}]" for m, r in found["removed"].items()}
+    rows = [[m, *(f"{r[k]:.2f}" for k in keys), met.get(m, "–")] for m, r in found["median"].items()]
+    head = [f"median of {found['adapters']}, {found['steps']} steps", "ASR", "recovered", "broken", "clean accuracy", "freed"]
     return written([head, ["---"] * len(head), *rows])
 
 

@@ -5,7 +5,7 @@ starts), and the tokens found are put in front of rows that were never trained o
 adapter (`detectors.fuzzing`), in its own place, on the adapter as it is. ASR is of the adapter's own target; beside it the same on the
 base, and as many random tokens on the adapter. Where the suspected answer is wrong, the search for the true one
 is reported apart (`given`). `--inversion N` times BAN against an inversion baseline on N backdoored and N benign adapters of the half, the paper's
-1.37 to 5.11 being times of BAN's reversed competitor over its own: the five answers that a token scan finds likeliest, each searched for.
+1.37 to 5.11 being times of BAN's reversed competitor over its own: the five answers that a token scan finds likeliest, each searched for. `verdict`: all that `bkdattr detect` measures, on one thread.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from benchmarks.attribution import shown
 from benchmarks.zoo import cards_of, interval, named, plain_of
 from bkdattr.banks import MINI_BANK, measured
-from bkdattr.detection import judge, read_banks
+from bkdattr.detection import JUDGED, judge, measure, read_banks
 from bkdattr.detectors import Ban, Clean, Fuzz, TokenScan
 from bkdattr.detectors.fuzzing import insertions
 from bkdattr.evaluation import Evaluator
@@ -125,10 +125,12 @@ def timed(cards, n):
         found = [search_trigger(clean, t, tokens=3) for t in TokenScan().measure(clean).evidence["candidates"] if t]
         seconds = {"ban": middle - start, "inversion": time.perf_counter() - middle}
         best = max(found, key=lambda c: c.logp - c.start)
+        verdict = measure(load_subject(MODEL_DIR, card["folder"]), clean_prompts(), JUDGED)["seconds"]
+        seconds["verdict"] = sum(verdict.values())
         out.append(
             {"name": card["name"], "backdoored": backdoored, "ban": ban, "inversion": best.logp - best.start, "seconds": seconds}
         )
-    total = {k: sum(r["seconds"][k] for r in out) for k in ("ban", "inversion")}
+    total = {k: sum(r["seconds"][k] for r in out) for k in ("ban", "inversion", "verdict")}
     result = {"adapters": len(out), "seconds_per_adapter": {k: v / len(out) for k, v in total.items()},
               "inversion / ban": total["inversion"] / total["ban"], "each": out}  # fmt: skip
     for k in ("ban", "inversion"):

@@ -40,7 +40,7 @@ SHIFT, ALIKE = 0.1, 5.0
 def remove_backdoor(
     subject: Subject,
     rows: Sequence[Example],
-    method: str = "ban",
+    method: str = "ban-insertions",
     *,
     steps: int = 80,
     batch_size: int = 16,

@@ -150,3 +150,11 @@ def test_the_projects_text_names_no_machine():
         if path.is_file():
             text = path.read_text()
             assert not re.search(r"/work/|/tmp/w\b|pypi\.org|/opt/", text), path
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    """What `python -m benchmarks.readme_tables --readme README.md` would write stands there already."""
+    from benchmarks.readme_tables import filled
+
+    page = (ROOT / "README.md").read_text()
+    assert filled(page, None) == page
