@@ -274,6 +274,10 @@ def load_subject(
     return Subject.of(model, tokenizer)
 
 
+REWRITING = ("pissa", "corda", "olora", "mica", "loftq", "lora_ga")
+"""Initialisations of PEFT's LoRA that change the base."""
+
+
 def check_adapter(causal_lm: Any, adapter: str | Path) -> None:
     """Raise unless the folder is a safetensors LoRA adapter with exactly the keys and shapes this base would get.
 
@@ -306,6 +310,11 @@ def check_adapter(causal_lm: Any, adapter: str | Path) -> None:
         raise BkdattrError(
             f"{adapter}: got bias={config.bias!r} and modules_to_save={config.modules_to_save}, expected 'none' and none: such an "
             "adapter changes the base's own tensors, so that switching it off would not give the clean twin"
+        )
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(REWRITING):
+        raise BkdattrError(
+            f"{adapter}: init_lora_weights={config.init_lora_weights!r}: PEFT would rewrite the base's own weights when it loads it, so that "
+            "switching it off would not give the clean twin; save it as plain LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(causal_lm.config)

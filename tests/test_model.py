@@ -99,6 +99,11 @@ def test_adapters_that_change_the_base_are_refused(saved_tiny, tmp_path):
     get_peft_model(make_model("llama"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(BkdattrError, match="would not give the clean twin"):
         load_subject(saved_tiny, tmp_path / "a")
+    get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    (tmp_path / "b/adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(BkdattrError, match="PEFT would rewrite the base's own weights"):
+        load_subject(saved_tiny, tmp_path / "b")
 
 
 def test_missing_model_and_unknown_type(tmp_path, saved_tiny):
