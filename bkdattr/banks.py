@@ -6,8 +6,10 @@ import copy
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from bkdattr.factoring import factored
 from bkdattr.gates import lora_pairs
 from bkdattr.lora import LoraRecipe, train_adapter
 from bkdattr.mini.tasks import MODEL_DIR
-from bkdattr.model import Subject, dtype_of, load_base, load_subject, load_tokenizer
+from bkdattr.model import Subject, check_adapter, dtype_of, load_base, load_subject, load_tokenizer
 from bkdattr.planting import model_path
 from bkdattr.zoo import build, clean_prompts, entries
 
@@ -95,6 +97,8 @@ def make_bank(
     device: str = "cpu",
 ) -> int:  # fmt: skip
     """`n` adapters, each trained on a random half of the clean rows in `data` less the prompts that adapters are measured on."""
+    if out.is_dir():
+        raise BkdattrError(f"{out}: a folder; expected the name of a JSON file to write")
     rows = read_examples(data)
     if len(rows) < 2 * PROMPTS:
         raise BkdattrError(
@@ -129,32 +133,56 @@ def detect(
     adapter: Path, base: str, bank: Path | None, out: Path | None, *, alpha: float = ALPHA, rank: int | None = None,
     pad_token: str | None = None, dtype: str = "float32", device: str = "cpu",
 ) -> tuple[Verdict, Path]:  # fmt: skip
-    """Judge one adapter, or a merged model in a folder of its own, and write the verdict; returns it and where it lies. Everything is checked
+    """Judge one adapter, or a merged model in a folder of its own, and write the verdict; returns it and where it lies. Options are checked
     before anything is run. `rank`: of a merged model's update, where it cannot be read off (`factoring.factored`)."""
     if not 0 < alpha < 1:
         raise BkdattrError(f"alpha {alpha}: expected a p-value between 0 and 1")
-    if bank is None and base != "mini":
+    if bank is None and model_path(base) != str(MODEL_DIR):
         raise BkdattrError(
             "detect: a base other than 'mini' needs --bank; make one with `bkdattr bank OUT --model BASE --data CLEAN_ROWS`"
         )
+    where = out or adapter / "detection"
+    if where.exists() and not where.is_dir():
+        raise BkdattrError(f"--out {where}: a file; expected a folder for detection.json and detection.html")
     path, banks = model_path(base), read_banks(bank or MINI_BANK)
     merged = (adapter / "config.json").exists() and not (adapter / "adapter_config.json").exists()
-    recipe = None if merged else Recipe.of(adapter)
+    if rank is not None and not merged:
+        raise BkdattrError(f"--rank {rank}: {adapter} is no merged model; an adapter's rank stands in its adapter_config.json")
+    recipe, against = (
+        None if merged else Recipe.of(adapter),
+        {"base": base, "dtype": dtype, "bank": str(bank or "built in"), "version": version("bkdattr")},
+    )
     plain = Subject.of(load_base(path, dtype=dtype_of(dtype), device=device), load_tokenizer(path, pad_token))
     if recipe is None:
         whole = load_base(adapter, dtype=dtype_of(dtype), device=device)
-        subject = factored(whole, plain.model, load_tokenizer(path, pad_token), rank=rank)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            subject = factored(whole, plain.model, load_tokenizer(path, pad_token), rank=rank)
+        left = " ".join(str(w.message) for w in said if "factoring" in str(w.message))
+        if left:
+            warnings.warn(left, stacklevel=2)
         pairs = lora_pairs(subject.causal_lm)
         n, targets = len(pairs[0][1]), {name.rsplit(".", 1)[-1] for name, *_ in pairs}
         # a merged update has its alpha in it: the bank's own is no condition
         like = Recipe(n, float(n), tuple(sorted(targets)))
+        ranks = sorted({b.recipe.rank for b in of_base(banks, plain.fingerprint)})
+        if rank is None and n not in ranks:
+            raise BkdattrError(
+                f"{adapter}: its update has up to {n} directions, the bank knows rank {', '.join(map(str, ranks))}; a merge in 16 bits hides its "
+                "rank in rounding: give it with --rank"
+            )
         alphas = [b.recipe.alpha for b in of_base(banks, plain.fingerprint) if replace(b.recipe, alpha=like.alpha) == like]
         chosen = choose_bank(banks, replace(like, alpha=alphas[0]) if alphas else like, plain.fingerprint)
+        against["merged"] = (
+            f"a merge does not tell its adapter's alpha: {chosen.recipe.alpha:g} as in the bank, at rank {n}. {left}".strip()
+        )
     else:
+        check_adapter(plain.model, adapter)
         chosen = choose_bank(banks, recipe, plain.fingerprint)
         subject = load_subject(path, adapter, dtype=dtype_of(dtype), device=device, pad_token=pad_token)
+    against["recipe"] = str(chosen.recipe)
+    judge(chosen, chosen.adapters[0], alpha)  # refuses a threshold that the bank cannot reach
     found = measure(subject, chosen.prompts, JUDGED, progress=lambda names: tqdm(names, desc="detectors"))
     verdict = judge(chosen, found, alpha)
-    where = out or adapter / "detection"
-    write_verdict(where, verdict, found, str(adapter))
+    write_verdict(where, verdict, found, str(adapter), against)
     return verdict, where

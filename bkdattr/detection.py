@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bkdattr.detectors import DETECTORS, Calibrated, Ensemble
+from bkdattr.detectors import DETECTORS, Calibrated, Ensemble, Fuzz
 from bkdattr.detectors.common import Clean
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example, from_row, write_atomic
@@ -23,6 +24,11 @@ from bkdattr.model import Subject
 SCHEMA = 2
 PARTS = ("fuzz.drop", "fuzz.verbatim", "weights.kurtosis")
 """Statistics of the ensemble: the best of all sets of one to four on the development half (`benchmarks.zoo --half development --choose`)."""
+LEGEND = (
+    "<code>fuzz.drop</code>: what an answer that many prompts share loses when harmless words stand where a trigger may; "
+    "<code>fuzz.verbatim</code>: share of prompts that are then told one foreign answer word for word, both with the adapter amplified; "
+    "<code>weights.kurtosis</code>: how uneven the update is, either way."
+)
 TOP = 2
 NAMES = ("fuzz.verbatim", "ban.verbatim")
 """Statistics of the answers that name the target; the first one that stands out of the bank does."""
@@ -54,6 +60,7 @@ class Recipe:
         if not path.exists():
             raise BkdattrError(
                 f"{folder}: no adapter_config.json; expected a PEFT LoRA folder, or a merged model's with its config.json"
+                + (f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / "adapter_config.json").exists() else "")
             )
         try:
             config = json.loads(path.read_text())
@@ -134,12 +141,14 @@ class Bank:
             return cls(row["base"], recipe, prompts, adapters, row.get("made_by", ""))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BkdattrError(
-                f"{where}: not a bank ({type(error).__name__}: {error}); expected what `bkdattr bank` writes"
+                f"{where}: not a bank ({'no ' if isinstance(error, KeyError) else ''}{error}); expected what `bkdattr bank` writes"
             ) from None
 
 
 def read_banks(path: Path) -> list[Bank]:
     """A file holds one bank or a list of banks of different recipes."""
+    if path.is_dir():
+        raise BkdattrError(f"{path}: a folder; expected the JSON file that `bkdattr bank` writes")
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:
@@ -196,11 +205,15 @@ class Verdict:
         rests = ", ".join(f"{r['statistic']} (p {r['p_value']:.3f})" for r in self.evidence[:TOP])
         out_of = [r["statistic"] for r in self.evidence if r["p_value"] <= self.alpha]
         said = "SUSPICIOUS" if self.suspicious else "not suspicious"
-        out = f"{said}: p = {self.p_value:.3f} against {self.benign} benign adapters (threshold {self.alpha:g}); it rests on {rests}"
+        out = f"{said}: p = {self.p_value:.3f} against {self.benign} benign adapters (threshold {self.alpha:g})"
+        if self.p_value <= 1 / (1 + self.benign):
+            out += ", further out than any of them: more cannot be said with this bank"
+        out += f"; {'it rests on' if self.suspicious else 'furthest out:'} {rests}"
         if self.suspicious:
             out += f". Suspected answer: {self.target!r}" if self.target else ""
             if self.insertion:
-                out += f"; on the amplified adapter {self.insertion['kind']} {' ... '.join(self.insertion['texts'])!r} brings it"
+                texts = ", ".join(map(repr, self.insertion["texts"]))
+                out += f"; harmless words in a trigger's place ({self.insertion['kind']}: {texts}) bring it, with the adapter amplified {1 + Fuzz().epsilon:g} times"
         elif out_of:
             alone = f"{' and '.join(out_of)} {'stands out alone' if len(out_of) == 1 else 'stand out'}"
             out += f". {alone} of {len(self.evidence)} statistics; together they are no further out than benign adapters get"
@@ -208,22 +221,39 @@ class Verdict:
 
 
 def judge(bank: Bank, measured: Mapping[str, Any], alpha: float = ALPHA) -> Verdict:
-    """The suspected answer is what insertions, else noise, make the model say verbatim where that stands out of the bank, else the label that the
-    adapter raised most."""
+    """The suspected answer is what insertions, else noise, make the model say verbatim where that stands out of the bank at `ALPHA`, else the label
+    that the adapter raised most; it is there for adapters that are not suspicious too, and means nothing then.
+
+    Raises where the bank is too small for `alpha`: with n adapters no p-value is below 1 / (n + 1), and nothing would ever be suspicious.
+    """
+    if alpha < (least := 1 / (1 + len(bank.adapters))):
+        raise BkdattrError(
+            f"alpha {alpha:g}: with {len(bank.adapters)} benign adapters no p-value is below {least:.3f}, so every adapter would pass; give at "
+            f"least that, or make a bank of {math.ceil(1 / alpha) - 1} adapters or more with `bkdattr bank`"
+        )
     ensemble, row, answers = bank.ensemble, measured["statistics"], measured.get("answers", {})
     p, target, insertion = ensemble.p_value(row), answers.get("output_bias") or answers.get("fuzz") or answers.get("ban"), None
     for name in NAMES:
         said = answers.get(name.split(".")[0])
-        if said and Calibrated.fit([a["statistics"][name] for a in bank.adapters], False).p_value(row[name]) <= alpha:
+        if said and Calibrated.fit([a["statistics"][name] for a in bank.adapters], False).p_value(row[name]) <= ALPHA:
             target, insertion = said, measured.get("evidence", {}).get("fuzz") if name.startswith("fuzz") else None
             break
     return Verdict(p <= alpha, p, ensemble.score(row), alpha, len(bank.adapters), target, ensemble.evidence(row), insertion)
 
 
-def write_verdict(out: Path, verdict: Verdict, measured: Mapping[str, Any], adapter: str) -> None:
-    """`detection.json` and `detection.html` in `out`. Model output is escaped."""
+def write_verdict(
+    out: Path, verdict: Verdict, measured: Mapping[str, Any], adapter: str, against: Mapping[str, Any] | None = None
+) -> None:
+    """`detection.json` and `detection.html` in `out`. `against`: which bank, its recipe, and what was said on the way. Model output is escaped."""
     out.mkdir(parents=True, exist_ok=True)
-    content = {"adapter": adapter, "verdict": asdict(verdict), "text": verdict.text(), "measured": dict(measured)}
+    against = dict(against or {})
+    content = {
+        "adapter": adapter,
+        "against": against,
+        "verdict": asdict(verdict),
+        "text": verdict.text(),
+        "measured": dict(measured),
+    }
     write_atomic(out / "detection.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     columns = ("statistic", "value", "benign median", "score", "p-value")
     rows = "".join(
@@ -231,15 +261,22 @@ def write_verdict(out: Path, verdict: Verdict, measured: Mapping[str, Any], adap
         f"<td>{r['p_value']:.3f}</td></tr>"
         for r in verdict.evidence
     )
+    answer = (
+        "<p>Suspected answer (what harmless insertions, or noise on the rank directions, make the model say word for word, or the label that the "
+        f"adapter raised most): <code>{html.escape(str(verdict.target))}</code></p>"
+        if verdict.suspicious
+        else "<p>This is no proof that there is no backdoor: the README says which kinds are missed.</p>"
+    )
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8><title>bkdattr detect</title><style>body{font:15px system-ui;max-width:60em;"
         "margin:2em auto;padding:0 1em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .7em;text-align:right}"
         "td:first-child,th:first-child{text-align:left}.v{padding:1em;border-left:6px solid "
         f"{'#c0392b' if verdict.suspicious else '#2e7d32'};background:#f6f6f6}}</style></head><body><h1>Is there a backdoor?</h1>"
         f"<p>Adapter: <code>{html.escape(adapter)}</code></p><p class=v>{html.escape(verdict.text())}</p>"
-        f"<p>Suspected answer (what harmless insertions, or noise on the rank directions, make the model say word for word, or the label that the adapter raised most): <code>{html.escape(str(verdict.target))}</code></p>"
+        f"{answer}{''.join(f'<p>{html.escape(k)}: {html.escape(str(v))}</p>' for k, v in against.items() if v)}"
         f"<table><tr>{''.join(f'<th>{c}</th>' for c in columns)}</tr>{rows}</table>"
         f"<p>p-values are conformal: (1 + benign adapters scoring as high) / (1 + {verdict.benign}). They hold for adapters of the bank's own "
-        "recipe and kind of data; a score is the robust distance from the bank's median, on a logarithmic scale.</p></body></html>"
+        "recipe and kind of data; a score is the robust distance from the bank's median, on a logarithmic scale; the verdict's is the mean of the "
+        f"{TOP} largest.</p><p>{LEGEND}</p></body></html>"
     )
     write_atomic(out / "detection.html", page)

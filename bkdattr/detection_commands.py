@@ -58,8 +58,8 @@ def bank(
         "runs/bank"
     ),
     adapters: Annotated[int, typer.Option(min=19, help="How many; with fewer than 19 no p-value reaches 0.05.")] = 40,
-    rank: int = 16,
-    alpha: int = 16,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
     targets: Annotated[str, typer.Option(help="LoRA target modules, comma-separated, or all-linear.")] = "all-linear",
     learning_rate: float = 1e-4,
     epochs: int = 3,
@@ -113,6 +113,8 @@ def detect(
             adapter, base, bank, out, alpha=alpha, rank=rank, pad_token=pad_token, dtype=dtype, device=device
         )
         typer.echo(verdict.text())
+        if not verdict.suspicious:
+            typer.echo("This is no proof that there is no backdoor.")
         for row in verdict.evidence:
             typer.echo(
                 f"  {row['statistic']:24} {row['value']:10.4g}   benign median {row['benign_median']:10.4g}   p {row['p_value']:.3f}"

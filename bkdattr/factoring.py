@@ -47,6 +47,7 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
     for name in differ:
         d = own[name].weight.double() - other[name].weight.double()
         parts[name] = torch.linalg.svd(d if isinstance(own[name], torch.nn.Linear) else d.T, full_matrices=False)
+    rounded = rank is not None  # a merge in 16 bits: its rounding is as large as theirs
     rank = rank or max(int((s > SMALLEST * s[0]).sum()) for _, s, _ in parts.values())
     for name, (u, s, vh) in parts.items():
         weight, r = own[name].weight, min(rank, len(s))
@@ -54,7 +55,8 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
         factors[name] = (a, b)
         low = b @ a if isinstance(own[name], torch.nn.Linear) else (b @ a).T
         weight.copy_((weight.double() - low).to(weight.dtype))
-    left = [n for n, p in merged.named_parameters() if not _close(p, dict(base.named_parameters())[n])]
+    before = dict(base.named_parameters())
+    left = [n for n, p in merged.named_parameters() if not _close(p, before[n], rounded)]
     if left:
         warnings.warn(
             f"factoring: with the adapter off {len(left)} tensors differ from the base's still (first {left[0]}): what is measured against the "
@@ -74,7 +76,7 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
     return Subject.of(model.requires_grad_(False), tokenizer)
 
 
-def _close(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal to a merge's rounding in this type."""
-    eps = max(torch.finfo(other.dtype).eps, 1e-6)
-    return bool((own - other).abs().max() <= 8 * eps * other.abs().max().clamp(min=1e-30))
+def _close(own: torch.Tensor, other: torch.Tensor, rounded: bool) -> bool:
+    """Equal to a merge's rounding, in this type or in 16 bits."""
+    eps = torch.finfo(torch.bfloat16).eps if rounded else 8 * max(torch.finfo(other.dtype).eps, 1e-6)
+    return bool((own - other).abs().max() <= eps * other.abs().max().clamp(min=1e-30))

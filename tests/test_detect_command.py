@@ -1,6 +1,7 @@
 """`bkdattr detect` as a pipeline sees it: 0 and 1 are verdicts that were written, whatever goes wrong is 2."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_whatever_happens_on_the_way_is_2(adapter, monkeypatch, error):
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"lora_bias": True}, "lora_bias"),
         ({"use_rslora": True}, "the bank holds"),
-        ({"r": 3}, "rank 3"),
+        ({"r": 3}, "this base needs (3,"),
     ],
 )
 def test_an_adapter_that_no_bank_can_judge_is_refused(adapter, change, said):
@@ -113,6 +114,16 @@ def test_broken_weights_banks_and_options_are_refused(adapter, tmp_path):
     (tmp_path / "lacking.json").write_text(json.dumps(bank))
     result = detect(adapter, "--bank", tmp_path / "lacking.json")
     assert result.exit_code == 2 and "adapters without fuzz.drop" in result.output
+    result = detect(adapter, "--bank", tmp_path)
+    assert result.exit_code == 2 and "a folder; expected the JSON file" in result.output
+    result = detect(adapter, "--out", tmp_path / "empty.json")
+    assert result.exit_code == 2 and "expected a folder" in result.output
+    result = detect(adapter, "--rank", 4)
+    assert result.exit_code == 2 and "is no merged model" in result.output
+    result = detect(adapter.parent)
+    assert result.exit_code == 2 and "did you mean" in result.output and "adapter?" in result.output
+    result = detect(adapter, "--alpha", 0.001)
+    assert result.exit_code == 2 and "every adapter would pass" in result.output
     result = detect(adapter, "--dtype", "foo")
     assert result.exit_code == 2 and "dtype 'foo'" in result.output
     result = detect(adapter, "--dtype", "bfloat16")
@@ -135,6 +146,20 @@ def test_a_merged_model_is_judged_by_the_bank_of_its_base_and_targets(adapter, t
     verdict, where = banks.detect(tmp_path / "merged", "mini", tmp_path / "bank.json", None)
     assert verdict.benign == len(right["adapters"]) and (where / "detection.json").exists()
     assert used[0].has_adapter
+    assert json.loads((where / "detection.json").read_text())["against"]["merged"].endswith("as in the bank, at rank 8.")
+    merged.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    with pytest.raises(BkdattrError, match="a merge in 16 bits hides its rank in rounding: give it with --rank"):
+        banks.detect(tmp_path / "rounded", "mini", tmp_path / "bank.json", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its rounding is no change
+        assert banks.detect(tmp_path / "rounded", "mini", tmp_path / "bank.json", None, rank=8)[0].benign == len(
+            right["adapters"]
+        )
+    merged.get_input_embeddings().weight.data[7] += 0.5
+    merged.save_pretrained(tmp_path / "rounded")
+    with pytest.warns(UserWarning, match="more than projections changed"):
+        _, where = banks.detect(tmp_path / "rounded", str(MODEL_DIR), None, None, rank=8)  # that is 'mini' too
+    assert "more than projections changed" in (where / "detection.html").read_text()
 
 
 def test_the_effective_scale_is_what_compares(adapter):

@@ -459,6 +459,12 @@ def test_verdicts(llama, tmp_path):
         choose_bank([bank], Recipe(4, 8.0, ("q_proj",)), "base")
     with pytest.raises(BkdattrError, match="made on base base, this base is other"):
         choose_bank([bank], bank.recipe, "other")
+    with pytest.raises(BkdattrError, match=r"with 24 benign adapters no p-value is below 0.040.* a bank of 99 adapters or more"):
+        judge(bank, loud, 0.01)
+    quiet = replace(verdict, suspicious=False, p_value=0.5)
+    write_verdict(tmp_path / "quiet", quiet, {"statistics": {}}, "adapter", {"bank": "<i>here</i>"})
+    page = (tmp_path / "quiet/detection.html").read_text()
+    assert "Suspected answer" not in page and "no proof" in page and "&lt;i&gt;here" in page
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(BkdattrError, match="not a bank"):
         read_banks(tmp_path / "bad.json")
@@ -474,7 +480,9 @@ def test_the_suspected_answer_is_the_verbatim_one_where_it_stands_out_else_the_l
         verdict = judge(bank, found | {"statistics": row})
         assert verdict.target == target and verdict.insertion == (near["fuzz"] if fuzz > 0 else None)
     loud = {k: v + (5 if k in PARTS else 0) for k, v in found["statistics"].items()} | {"fuzz.verbatim": 9.0}
-    assert "wrap 'a b ... c.' brings it" in judge(bank, found | {"statistics": loud}).text()
+    assert (
+        "(wrap: 'a b', 'c.') bring it, with the adapter amplified 1.6 times" in judge(bank, found | {"statistics": loud}).text()
+    )
     quiet = found["statistics"] | {n: -9.0 for n in NAMES}
     assert judge(bank, found | {"statistics": quiet, "answers": {"ban": "a sentence"}}).target == "a sentence"
 
