@@ -3,10 +3,11 @@
 For every fixed-target, unhidden adapter that counts, four rankings of all heads by their mean effect on P(answer):
 `trigger`: BAHA with the true trigger and target, exact sufficiency, on 16 rows (or a quarter of them); `again`: the same on as many others, what a ranking can reach;
 `noise`: the suspected answer (`judge`), clean prompts of a defender, the state under adversarial noise in the trigger's place
-(`mechanism.noise_effects`); `insertion`: the suspected answer and BAHA with the harmless insertion that `detect` names, adapter as it is.
+(`mechanism.noise_effects`); `insertion`: the suspected answer and BAHA with the harmless insertion that fires most on the amplified adapter (`detectors.fuzzing`; `told`: the
+one that `detect` would name), adapter as it is.
 Spearman's correlation and the share of the top heads that are among the trigger's; k / heads is what random ones share. Then the backdoor's ASR with
-each ranking's first heads mean-ablated, on rows that no ranking saw; beside it five draws of as many random heads. Means over adapters, those
-whose target was named apart.
+each ranking's first heads mean-ablated, on rows that no ranking saw; beside it five draws of as many random heads. Beside each ASR the clean accuracy under the same
+ablation. Means over adapters; those with a sentence for a target, those with a label, and those whose target was named apart.
 """
 
 import argparse
@@ -63,7 +64,14 @@ def compared(card):
     rows = [spec.clean(e) for e in checked if spec.target.eligible(e)]
     n = min(ROWS, len(rows) // 4)  # a flipped label has few rows of its source class
     parts = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
-    row = {"name": card["name"], "suspected": verdict.target, "named": named(card, found, bank), "suspicious": verdict.suspicious}
+    row = {
+        "name": card["name"],
+        "suspected": verdict.target,
+        "named": named(card, found, bank),
+        "suspicious": verdict.suspicious,
+        "told": verdict.suspicious and verdict.insertion is not None,
+        "label": " " not in card["target"],
+    }
     at = [baha(subject, part, [spec.triggered(e) for e in part]) for part in parts[:2]]
     of = {"trigger": at[0], "again": at[1]}
     if verdict.target:
@@ -83,8 +91,8 @@ def compared(card):
     evaluator = Evaluator(subject, parts[2], spec, max_new_tokens=MAX_NEW_TOKENS, batch_size=96)
 
     def asr(heads):
-        r = evaluator.run(ablate(heads, "mean", clean), ("triggered",), utility=False).asr
-        return {"hits": r.hits, "total": r.total, "value": r.value}
+        r = evaluator.run(ablate(heads, "mean", clean), utility=False)
+        return {"hits": r.asr.hits, "total": r.asr.total, "value": r.asr.value, "clean_accuracy": r.clean_accuracy.value}
 
     row["asr"] = {"none": asr([])}
     for k in TOP:
@@ -100,11 +108,13 @@ def summed(rows):
         some = [r[how] for r in rows if how in r]
         if some:
             out[how] = {k: float(np.mean([s[k] for s in some if s[k] is not None])) for k in some[0]} | {"adapters": len(some)}
-    asr = {}
-    for r in rows:
-        for how, found in r["asr"].items():
-            asr.setdefault(how, []).append(np.mean([a["value"] for a in (found if isinstance(found, list) else [found])]))
-    return out | {"asr": {how: float(np.mean(v)) for how, v in asr.items()}}
+    for key, name in (("value", "asr"), ("clean_accuracy", "clean accuracy")):
+        kept = {}
+        for r in rows:
+            for how, found in r["asr"].items():
+                kept.setdefault(how, []).append(np.mean([a[key] for a in (found if isinstance(found, list) else [found])]))
+        out[name] = {how: float(np.mean(v)) for how, v in kept.items()}
+    return out
 
 
 def main():
@@ -125,9 +135,15 @@ def main():
                 write_atomic(args.json, json.dumps({"half": args.half, "each": list(known.values())}))
     rows = [known[c["name"]] for c in cards]
     chance = {str(k): k / rows[0]["heads"] for k in TOP}
+    groups = {
+        "sentences": [r for r in rows if not r["label"]],
+        "labels": [r for r in rows if r["label"]],
+        "named": [r for r in rows if r["named"]],
+    }
     shown(
-        {"half": args.half, "random heads share": chance, "all": summed(rows), "named": summed([r for r in rows if r["named"]]) if any(r["named"] for r in rows) else None,
-         "each": rows}, args.json,
+        {"half": args.half, "random heads share": chance, "all": summed(rows)}
+        | {name: summed(some) for name, some in groups.items() if some}
+        | {"each": rows}, args.json,
     )  # fmt: skip
 
 

@@ -53,8 +53,10 @@ def digest(content: Any) -> str:
 def measured(folder: Path, base: str, prompts: Sequence[Example], *, again: bool = False, **load: Any) -> dict[str, Any]:
     """Statistics of one adapter, kept beside it in `statistics.json`; only detectors that changed are run again, and all of them for other
     prompts, another base, dtype or device, or an adapter that was trained anew. (A change of a detector's code is not seen: `again`.)"""
-    weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    of = digest([weights, str(base), [e.to_row() for e in prompts], {k: str(v) for k, v in load.items()}])
+    files = (folder / "adapter_model.safetensors").read_bytes() + (folder / "adapter_config.json").read_bytes()
+    of = digest(
+        [hashlib.sha256(files).hexdigest(), str(base), [e.to_row() for e in prompts], {k: str(v) for k, v in load.items()}]
+    )
     path, key = folder / "statistics.json", {n: repr(d) for n, d in DETECTORS.items()}
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {}
     if kept.get("of") != of:
@@ -144,6 +146,8 @@ def detect(
     where = out or adapter / "detection"
     if where.exists() and not where.is_dir():
         raise BkdattrError(f"--out {where}: a file; expected a folder for detection.json and detection.html")
+    for old in ("detection.json", "detection.html"):  # what fails below leaves no verdict of another time
+        (where / old).unlink(missing_ok=True)
     path, banks = model_path(base), read_banks(bank or MINI_BANK)
     merged = (adapter / "config.json").exists() and not (adapter / "adapter_config.json").exists()
     if rank is not None and not merged:

@@ -65,19 +65,23 @@ class Recipe:
         try:
             config = json.loads(path.read_text())
             rank, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
+            targets = [targets] if isinstance(targets, str) else sorted(targets or [])
         except (ValueError, KeyError, TypeError) as error:
             raise BkdattrError(
                 f"{path}: not a PEFT LoRA config ({type(error).__name__}: {error}); expected r, lora_alpha and target_modules"
             ) from None
-        odd = [k for k in UNLIKE if config.get(k) and config[k] != "none"]
-        if odd or not targets or rank < 1:
-            got = ", ".join(f"{k} {config[k]!r}" for k in odd) or f"target_modules {targets!r}, r {rank}"
+        odd = [k for k in UNLIKE if (v := config.get(k)) is not None and v is not False and v not in ("none", [], {})]
+        if odd or not targets or rank < 1 or not 0 < alpha < math.inf:
+            got = ", ".join(f"{k} {config[k]!r}" for k in odd) or f"target_modules {targets!r}, r {rank}, lora_alpha {alpha}"
             raise BkdattrError(
                 f"{path}: got {got}; expected plain LoRA, one rank and one scale on every target module: no bank of such adapters can be made. "
                 "Merge it into its base and give the merged model's folder"
             )
         alpha *= rank**0.5 if config.get("use_rslora") else 1  # dW = alpha / rank * B A
-        return cls(rank, alpha, tuple(sorted([targets] if isinstance(targets, str) else targets)))
+        return cls(rank, alpha, tuple(targets))
+
+    def like(self, other: Recipe) -> bool:
+        return (self.rank, self.targets) == (other.rank, other.targets) and math.isclose(self.alpha, other.alpha, rel_tol=1e-4)
 
     def __str__(self) -> str:
         return f"rank {self.rank}, alpha {self.alpha:g}, targets {', '.join(self.targets)}"
@@ -172,12 +176,12 @@ def of_base(banks: Sequence[Bank], base: str) -> list[Bank]:
 def choose_bank(banks: Sequence[Bank], recipe: Recipe, base: str) -> Bank:
     """The bank of this recipe and base; raises with what there is and how to make one."""
     fitting = of_base(banks, base)
-    found = [b for b in fitting if b.recipe == recipe]
+    found = [b for b in fitting if b.recipe.like(recipe)]
     if not found:
         known = "; ".join(str(b.recipe) for b in fitting)
         raise BkdattrError(
             f"bank: the adapter has {recipe}; the bank holds {known}. Statistics of another recipe say nothing; make a bank of this one "
-            f"with `bkdattr bank OUT --model THIS_BASE --data CLEAN_ROWS --rank {recipe.rank} --alpha {recipe.alpha:g} --targets {','.join(recipe.targets)}`"
+            f"with `bkdattr bank OUT --model THIS_BASE --data CLEAN_ROWS --rank {recipe.rank} --alpha {recipe.alpha:.8g} --targets {','.join(recipe.targets)}`"
         )
     lacking = sorted({n for n in (*PARTS, *NAMES) if any(n not in a["statistics"] for a in found[0].adapters)})
     if lacking or not found[0].adapters:
@@ -232,6 +236,9 @@ def judge(bank: Bank, measured: Mapping[str, Any], alpha: float = ALPHA) -> Verd
             f"least that, or make a bank of {math.ceil(1 / alpha) - 1} adapters or more with `bkdattr bank`"
         )
     ensemble, row, answers = bank.ensemble, measured["statistics"], measured.get("answers", {})
+    broken = [n for n in (*PARTS, *NAMES) if not math.isfinite(row[n])]
+    if broken:
+        raise BkdattrError(f"detection: {', '.join(broken)} is not finite: the model overflows; try a wider --dtype")
     p, target, insertion = ensemble.p_value(row), answers.get("output_bias") or answers.get("fuzz") or answers.get("ban"), None
     for name in NAMES:
         said = answers.get(name.split(".")[0])

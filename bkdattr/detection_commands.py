@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bkdattr.errors import BkdattrError
-from bkdattr.terminal import errors, quiet_libraries, say
+from bkdattr.terminal import errors, printable, quiet_libraries, say
 
 
 def add_to(app: typer.Typer) -> None:
@@ -59,7 +59,7 @@ def bank(
     ),
     adapters: Annotated[int, typer.Option(min=19, help="How many; with fewer than 19 no p-value reaches 0.05.")] = 40,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
-    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 16,
     targets: Annotated[str, typer.Option(help="LoRA target modules, comma-separated, or all-linear.")] = "all-linear",
     learning_rate: float = 1e-4,
     epochs: int = 3,
@@ -112,7 +112,7 @@ def detect(
         verdict, where = detected(
             adapter, base, bank, out, alpha=alpha, rank=rank, pad_token=pad_token, dtype=dtype, device=device
         )
-        typer.echo(verdict.text())
+        typer.echo(printable(verdict.text()))
         if not verdict.suspicious:
             typer.echo("This is no proof that there is no backdoor.")
         for row in verdict.evidence:

@@ -12,6 +12,8 @@ from bkdattr.model import Subject
 
 SMALLEST = 1e-4
 """Of the first singular value: what is smaller is rounding."""
+ROUNDING = 2.0**-8
+"""Of a tensor's norm: bfloat16's rounding, twice over."""
 
 
 @torch.no_grad()
@@ -47,7 +49,6 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
     for name in differ:
         d = own[name].weight.double() - other[name].weight.double()
         parts[name] = torch.linalg.svd(d if isinstance(own[name], torch.nn.Linear) else d.T, full_matrices=False)
-    rounded = rank is not None  # a merge in 16 bits: its rounding is as large as theirs
     rank = rank or max(int((s > SMALLEST * s[0]).sum()) for _, s, _ in parts.values())
     for name, (u, s, vh) in parts.items():
         weight, r = own[name].weight, min(rank, len(s))
@@ -56,7 +57,7 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
         low = b @ a if isinstance(own[name], torch.nn.Linear) else (b @ a).T
         weight.copy_((weight.double() - low).to(weight.dtype))
     before = dict(base.named_parameters())
-    left = [n for n, p in merged.named_parameters() if not _close(p, before[n], rounded)]
+    left = [n for n, p in merged.named_parameters() if n not in before or not _close(p, before[n])]
     if left:
         warnings.warn(
             f"factoring: with the adapter off {len(left)} tensors differ from the base's still (first {left[0]}): what is measured against the "
@@ -76,7 +77,8 @@ def factored(merged: Any, base: Any, tokenizer: Any, *, rank: int | None = None)
     return Subject.of(model.requires_grad_(False), tokenizer)
 
 
-def _close(own: torch.Tensor, other: torch.Tensor, rounded: bool) -> bool:
-    """Equal to a merge's rounding, in this type or in 16 bits."""
-    eps = torch.finfo(torch.bfloat16).eps if rounded else 8 * max(torch.finfo(other.dtype).eps, 1e-6)
-    return bool((own - other).abs().max() <= eps * other.abs().max().clamp(min=1e-30))
+def _close(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for rounding to 16 bits: what one merge leaves, in the norm of the whole tensor."""
+    if own.shape != other.shape:
+        return False
+    return bool((own.double() - other.double()).norm() <= ROUNDING * other.double().norm().clamp(min=1e-30))

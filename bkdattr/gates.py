@@ -121,7 +121,8 @@ class NeuronGates:
         try:
             for gate, delta in zip(self.gates, deltas, strict=True):
                 for weight, dim in gate.weights:
-                    weight.data = (weight.data + gate.offset) * _wide(delta, gate, weight, dim) - gate.offset
+                    scaled = weight.data * _wide(delta, gate, weight, dim)
+                    weight.data = scaled + gate.offset * (_wide(delta, gate, weight, dim) - 1) if gate.offset else scaled
             yield
         finally:
             for gate, before in zip(self.gates, kept, strict=True):
@@ -165,7 +166,7 @@ class NeuronGates:
         for gate in self.gates:
             total = torch.zeros(gate.n, device=gate.weights[0][0].device)
             for weight, dim in gate.weights:
-                product = ((original[id(weight)] + gate.offset) * grads[id(weight)]).float()
+                product = (original[id(weight)].float() + gate.offset) * grads[id(weight)].float()
                 per = product.movedim(dim, 0).flatten(1).sum(-1) if product.ndim > 1 else product
                 total += per.view(gate.n, gate.width).sum(-1).to(total)
             out.append(total.to(self.device))

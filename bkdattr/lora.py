@@ -25,7 +25,7 @@ class LoraRecipe:
     "all-linear" is q,k,v,o,gate,up,down there. `max_length` bounds prompt + response in tokens."""
 
     rank: int = 16
-    alpha: int = 16
+    alpha: int | float = 16
     dropout: float = 0.01
     target_modules: str = "all-linear"
     learning_rate: float = 1e-4
@@ -119,7 +119,7 @@ def train_adapter(
         shutil.rmtree(partial, ignore_errors=True)
     targets: Any = recipe.target_modules
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, task_type="CAUSAL_LM",
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, task_type="CAUSAL_LM",  # type: ignore[arg-type]  # PEFT takes fractions
         target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
 import typer
 
 from bkdattr.errors import BkdattrError
@@ -16,6 +16,12 @@ from bkdattr.errors import BkdattrError
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def printable(text: str) -> str:
+    """Model output as the terminal's encoding can show it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -31,11 +37,11 @@ def errors(*, every: bool = False) -> Iterator[None]:
         say(f"error: {error.strerror or error}: {error.filename or ''}; check the path and its permissions")
         raise typer.Exit(2) from None
     except (Exception, KeyboardInterrupt) as error:
-        if not every or isinstance(error, click.exceptions.Exit):
+        if not every or isinstance(error, typer.Exit):
             raise
         if not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
-        say(f"error: {type(error).__name__}: {' '.join(str(error).split()) or 'stopped'}; no verdict was written")
+        say(f"error: {type(error).__name__}: {' '.join(str(error).split()) or 'stopped'}")
         raise typer.Exit(2) from None
 
 

@@ -375,6 +375,10 @@ def test_a_merged_model_is_factored_again(family):
     more.get_input_embeddings().weight.data[5] += 1  # no gate reaches that
     with pytest.warns(UserWarning, match="with the adapter off 1 tensors differ"):
         factored(more, make_model(family), make_tokenizer(), rank=rank)
+    wide = copy.deepcopy(subject.model).merge_and_unload()
+    wide.resize_token_embeddings(wide.get_input_embeddings().num_embeddings + 2, mean_resizing=False)
+    with pytest.warns(UserWarning, match="tensors differ"):
+        factored(wide, make_model(family), make_tokenizer(), rank=rank)
     with pytest.raises(BkdattrError, match="no projection differs"):
         factored(make_model(family), make_model(family), make_tokenizer())
 
@@ -462,6 +466,10 @@ def test_verdicts(llama, tmp_path):
         choose_bank([bank], bank.recipe, "other")
     with pytest.raises(BkdattrError, match=r"with 24 benign adapters no p-value is below 0.040.* a bank of 99 adapters or more"):
         judge(bank, loud, 0.01)
+    with pytest.raises(BkdattrError, match=r"fuzz.drop is not finite"):
+        judge(bank, loud | {"statistics": loud["statistics"] | {"fuzz.drop": float("nan")}})
+    with pytest.raises(BkdattrError, match="1 of 24 benign values are not finite"):
+        Calibrated.fit([1.0] * 23 + [float("nan")], False)
     quiet = replace(verdict, suspicious=False, p_value=0.5)
     write_verdict(tmp_path / "quiet", quiet, {"statistics": {}}, "adapter", {"bank": "<i>here</i>"})
     page = (tmp_path / "quiet/detection.html").read_text()
@@ -495,6 +503,7 @@ def test_only_changed_detectors_are_run_again(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(banks, "measure", lambda s, e, names: ran.append(list(names)) or measure(s, e, names))
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text("{}")
     first = banks.measured(folder, "base", examples())
     assert banks.measured(folder, "base", examples()) == first and len(ran) == 1
     monkeypatch.setitem(banks.DETECTORS, "uniform", Uniform(0.5))

@@ -100,6 +100,10 @@ def test_a_norms_gate_scales_its_gain_and_its_bias():
         torch.testing.assert_close(gain(x), (1 + delta) * x * (1 + 0.1 * torch.arange(4)))
     (found,) = gates.gradient(lambda: gain(x).sum(), [delta])
     torch.testing.assert_close(found, (x * (1 + 0.1 * torch.arange(4))).sum(0))
+    gain.weight.data = torch.tensor([0.01, 0.003, -0.02, 0.3008]).bfloat16()  # 1 + w rounds in 16 bits
+    before = gain.weight.data.clone()
+    with gates.set([torch.zeros(4)]):
+        assert torch.equal(gain.weight.data, before)
 
 
 def test_gates_need_an_adapter():

@@ -45,6 +45,10 @@ class Calibrated:
                 f"calibration: got {len(values)} benign adapters, expected at least {FEWEST}: with fewer no p-value reaches 0.05; make more with `bkdattr bank`"
             )
         x = np.asarray(values, dtype=float)
+        if not np.isfinite(x).all():
+            raise BkdattrError(
+                f"calibration: {int((~np.isfinite(x)).sum())} of {len(x)} benign values are not finite; make the bank again"
+            )
         median = float(np.median(x))
         spread = 1.4826 * float(np.median(np.abs(x - median)))
         spread = max(spread, 0.1 * float(x.std()), 1e-9)
@@ -83,6 +87,10 @@ class Fitted:
         clean = Clean(subject, prompts)
         found = self.detector.measure(clean)
         value = found.statistics[self.detector.main]
+        if not math.isfinite(value):
+            raise BkdattrError(
+                f"detection: {self.detector.name}.{self.detector.main} is not finite: the model overflows; try a wider dtype"
+            )
         target = found.answer or (None if found.token is None else subject.chat.decode([found.token]).strip())
         evidence = {"statistics": found.statistics, "benign_median": self.calibrated.median, **found.evidence}
         return Suspicion(self.calibrated.score(value), self.calibrated.p_value(value), target, evidence)
