@@ -1,4 +1,4 @@
-"""Triggers looked for without knowing them, and what looking costs: `python -m benchmarks.search runs/zoo --half test --each 3`.
+"""Triggers looked for without knowing them, and what looking costs: `python -m benchmarks.search runs/zoo --half test --each 5`.
 
 For up to `--each` fixed-target, unhidden adapters of every attack: the suspected answer (`judge`) is searched for in inputs (`search_trigger`, two
 starts), and the tokens found are put in front of rows that were never trained on. So is the harmless insertion that fires most on the amplified
