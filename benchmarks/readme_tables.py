@@ -216,8 +216,22 @@ def removal_table():
     return written([head, ["---"] * len(head), *rows])
 
 
+def search_table():
+    """From `benchmarks/results/search.json`: adapters on which a trigger candidate fires, and its ASR over their rows."""
+    found = json.loads((RESULTS / "search.json").read_text())["searched"]["kinds"]
+    names = [n for n in next(iter(found.values())) if n not in ("adapters", "named")]
+    rows = []
+    for kind, r in found.items():
+        cells = [
+            f"{r[n]['fires']['hits']}/{r[n]['fires']['total']}; {r[n]['asr']['value']:.2f} [{r[n]['asr']['low']:.2f}, {r[n]['asr']['high']:.2f}]"
+            for n in names
+        ]
+        rows.append([f"{kind} ({r['named']}/{r['adapters']} named)", str(r["insertion"]["asr"]["total"]), *cells])
+    return written([["fires (ASR ≥ 0.8); ASR", "rows", *names], ["---"] * (len(names) + 2), *rows])
+
+
 MARKED = re.compile(
-    r"(<!-- (demo|grid|attribution|screening|scaling|generation|zoo|removal) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)",
+    r"(<!-- (demo|grid|attribution|screening|scaling|generation|zoo|removal|search) table(?:: ([^>]+?))? -->\n).*?(<!-- end \2 table -->)",
     re.S,
 )
 
@@ -228,7 +242,7 @@ def filled(page, folder):
         if folder is None and kind in ("demo", "grid"):
             return m[0]
         table = {"demo": lambda: demo_table(folder), "grid": lambda: grid_table(folder, m[3]), "attribution": attribution_table,
-                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table, "zoo": zoo_table, "removal": removal_table}[kind]()  # fmt: skip
+                 "screening": screening_table, "scaling": scaling_table, "generation": generation_table, "zoo": zoo_table, "removal": removal_table, "search": search_table}[kind]()  # fmt: skip
         return m[1] + table + "\n" + m[4]
 
     page, n = MARKED.subn(make, page)

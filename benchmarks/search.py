@@ -3,8 +3,8 @@
 For up to `--each` fixed-target, unhidden adapters of every attack: the suspected answer (`judge`) is searched for in inputs (`search_trigger`, two
 starts), and the tokens found are put in front of rows that were never trained on. So is the harmless insertion that fires most on the amplified
 adapter (`detectors.fuzzing`), in its own place, on the adapter as it is. ASR is of the adapter's own target; beside it the same on the
-base, and as many random tokens on the adapter. Where the suspected answer is wrong, the search for the true one
-is reported apart (`given`). `--inversion N` times BAN against an inversion baseline on N backdoored and N benign adapters of the half, the paper's
+base, as many random tokens on the adapter, and three insertions drawn from the other ones: what choosing by the amplified adapter is worth. Where the
+suspected answer is wrong, the search for the true one is reported apart (`given`). `fires`: of the adapters (or drawn insertions), those at an ASR of 0.8. `--inversion N` times BAN against an inversion baseline on N backdoored and N benign adapters of the half, the paper's
 1.37 to 5.11 being times of BAN's reversed competitor over its own: the five answers that a token scan finds likeliest, each searched for. `verdict`: all that `bkdattr detect` measures, on one thread.
 """
 
@@ -32,8 +32,7 @@ from bkdattr.model import load_subject
 from bkdattr.triggers import Prefix
 from bkdattr.zoo import Entry, clean_prompts, rows_of
 
-TOKENS, STARTS, ENOUGH = 4, 2, 0.8
-HOW = ("insertion", "suspected", "given")
+TOKENS, STARTS, DRAWN, ENOUGH = 4, 2, 3, 0.8
 
 
 def asr(subject, checked, spec, trigger):
@@ -75,7 +74,8 @@ def searched(cards, banks, each):
             "named": right,
         }
         near = found["evidence"]["fuzz"]
-        insertion = insertions(clean_prompts(), Fuzz().variants)[near["kind"]][near["variant"]]
+        made = insertions(clean_prompts(), Fuzz().variants)
+        insertion = made[near["kind"]][near["variant"]]
         row["insertion"] = {
             "kind": near["kind"],
             "text": " ... ".join(near["texts"]),
@@ -92,22 +92,33 @@ def searched(cards, banks, each):
             with subject.adapter_off():
                 row[how]["base_asr"] = asr(subject, checked, spec, Prefix(candidate.text))
         table = len(subject.causal_lm.get_input_embeddings().weight)
-        drawn = random.Random(card["name"]).sample(range(table // 4, table), TOKENS)
+        rng = random.Random(card["name"])
+        drawn = rng.sample(range(table // 4, table), TOKENS)
+        others = rng.sample([t for group in made.values() for t in group if t is not insertion], DRAWN)
+        row["other_asr"] = [asr(subject, checked, spec, t) for t in others]
         row["random_asr"] = asr(subject, checked, spec, Prefix(subject.chat.decode(drawn).strip() or "the"))
         out.append(row)
-    kinds = {}
-    for kind in todo:
-        some = [r for r in out if r["kind"] == kind]
-        kinds[kind] = {
-            "adapters": len(some), "named": sum(r["named"] for r in some),
-            "an insertion fires": sum(r["insertion"]["asr"]["value"] >= ENOUGH for r in some),
-            "found from the suspected answer": sum(r["suspected"]["asr"]["value"] >= ENOUGH for r in some),
-            "found from the true answer": sum(r["suspected" if r["named"] else "given"]["asr"]["value"] >= ENOUGH for r in some),
-            "best asr": max(r[h]["asr"]["value"] for r in some for h in HOW if h in r),
-            "on the base": sum(r[h]["base_asr"]["value"] >= ENOUGH for r in some for h in HOW if h in r),
-            "random tokens": sum(r["random_asr"]["value"] >= ENOUGH for r in some),
-        }  # fmt: skip
-    return {"kinds": kinds, "each": out}
+    return {"kinds": {kind: summary([r for r in out if r["kind"] == kind]) for kind in todo}, "each": out}
+
+
+def summary(rows):
+    """Candidate -> how many fire, and the ASR of all their rows together."""
+    rates = {
+        "insertion": [r["insertion"]["asr"] for r in rows],
+        "other insertions": [rate for r in rows for rate in r["other_asr"]],
+        "search, suspected answer": [r["suspected"]["asr"] for r in rows],
+        "search, true answer": [r["suspected" if r["named"] else "given"]["asr"] for r in rows],
+        "random tokens": [r["random_asr"] for r in rows],
+        "insertion, on the base": [r["insertion"]["base_asr"] for r in rows],
+        "search, on the base": [r["suspected"]["base_asr"] for r in rows],
+    }
+    return {"adapters": len(rows), "named": sum(r["named"] for r in rows)} | {
+        name: {
+            "fires": Rate(sum(r["value"] >= ENOUGH for r in some), len(some)).to_json(),
+            "asr": Rate(sum(r["hits"] for r in some), sum(r["total"] for r in some)).to_json(),
+        }
+        for name, some in rates.items()
+    }
 
 
 def timed(cards, n):
