@@ -17,11 +17,11 @@ from benchmarks.attribution import shown
 from benchmarks.zoo import cards_of
 from bkdattr.detectors import auroc
 from bkdattr.detectors.outputs import mahalanobis
+from bkdattr.mini.members import Entry, clean_prompts, rows_of
 from bkdattr.mini.tasks import MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.probes import BackdoorProbe
 from bkdattr.traces import trace_prompts
-from bkdattr.zoo import Entry, clean_prompts, rows_of
 
 SHUFFLES = 20
 

@@ -34,10 +34,10 @@ from bkdattr.evaluation import Evaluator
 from bkdattr.examples import write_atomic
 from bkdattr.mechanism import noise_effects
 from bkdattr.metrics import spearman
+from bkdattr.mini.members import Entry, clean_prompts, rows_of
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.traces import trace_prompts
-from bkdattr.zoo import Entry, clean_prompts, rows_of
 
 ROWS, TOP, DRAWS = 16, (3, 10), 5
 WITHOUT = ("again", "noise", "insertion")

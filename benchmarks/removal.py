@@ -25,10 +25,10 @@ from bkdattr.evaluation import Evaluator
 from bkdattr.examples import write_atomic
 from bkdattr.mini import world
 from bkdattr.mini.attacks import ATTACKS
+from bkdattr.mini.members import Entry, example_of, rows_of
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.removal import METHODS, remove_backdoor
-from bkdattr.zoo import Entry, _example, rows_of
 
 RATES = ("asr", "recovered", "broken", "clean_accuracy")
 
@@ -37,7 +37,7 @@ def clean_rows(entry, n, seen):
     """A defender's own rows, of the adapter's kind of data and disjoint from what it was trained and is judged on."""
     kinds = ATTACKS[entry.half][entry.kind][2]
     rows = world.unique(random.Random(f"removal:{entry.seed}"), n, kinds, set(seen))
-    return [_example(f"r{i:04d}", r) for i, r in enumerate(rows)]
+    return [example_of(f"r{i:04d}", r) for i, r in enumerate(rows)]
 
 
 def judged(subject, checked, spec):

@@ -27,10 +27,10 @@ from bkdattr.detectors.fuzzing import insertions
 from bkdattr.evaluation import Evaluator
 from bkdattr.mechanism import search_trigger
 from bkdattr.metrics import Rate
+from bkdattr.mini.members import Entry, clean_prompts, rows_of
 from bkdattr.mini.tasks import MAX_NEW_TOKENS, MODEL_DIR
 from bkdattr.model import load_subject
 from bkdattr.triggers import Prefix
-from bkdattr.zoo import Entry, clean_prompts, rows_of
 
 TOKENS, STARTS, DRAWN, ENOUGH = 4, 2, 3, 0.8
 

@@ -21,8 +21,8 @@ from bkdattr.detection import ALPHA, PARTS, TOP, Recipe, judge, read_banks
 from bkdattr.detectors import DETECTORS, Calibrated, Ensemble, auroc, conformal
 from bkdattr.metrics import Rate
 from bkdattr.mini.attacks import CLEAN_LABEL
+from bkdattr.mini.members import STEALTH, clean_prompts
 from bkdattr.mini.tasks import MODEL_DIR
-from bkdattr.zoo import STEALTH, clean_prompts
 
 FOLDERS = {"development": ("development", "validation"), "test": ("test",), "twins": ("twins",)}
 CONTROLS = ("uniform.inc", "uniform.verbatim", "random.inc")

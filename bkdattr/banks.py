@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from bkdattr.adapters import check_adapter
 from bkdattr.detection import (
     ALPHA,
     DETECTORS,
@@ -34,10 +35,11 @@ from bkdattr.examples import Example, read_examples, write_atomic
 from bkdattr.factoring import factored
 from bkdattr.gates import lora_pairs
 from bkdattr.lora import LoraRecipe, train_adapter
+from bkdattr.mini.members import clean_prompts, entries
 from bkdattr.mini.tasks import MODEL_DIR
-from bkdattr.model import Subject, check_adapter, dtype_of, load_base, load_subject, load_tokenizer
+from bkdattr.model import Subject, dtype_of, load_base, load_subject, load_tokenizer
 from bkdattr.planting import model_path
-from bkdattr.zoo import build, clean_prompts, entries
+from bkdattr.zoo import build
 
 MINI_BANK = Path(__file__).parent / "mini" / "bank.json"
 DIGITS = 5

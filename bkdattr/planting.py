@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bkdattr.adapters import check_adapter
 from bkdattr.errors import BkdattrError
 from bkdattr.examples import Example, Sizes, read_examples, write_atomic
 from bkdattr.lora import LoraRecipe, encode, train_adapter
 from bkdattr.mini.tasks import ATTACKS, MAX_NEW_TOKENS, MODEL_DIR, RECIPE, SIZES, TASKS, build_task, paper_spec
-from bkdattr.model import Subject, check_adapter, dtype_of, load_base, load_tokenizer
+from bkdattr.model import Subject, dtype_of, load_base, load_tokenizer
 from bkdattr.poisoning import BackdoorSpec, fake_trigger
 from bkdattr.run import OWNED, SCHEMA, Run, hash_of, read_json, to_json_text
 from bkdattr.splits import checkable, gather

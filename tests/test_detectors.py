@@ -42,9 +42,9 @@ from bkdattr.inference import response_logprob
 from bkdattr.lora import LoraRecipe
 from bkdattr.mechanism import noise_effects, search_trigger
 from bkdattr.mini.attacks import ATTACKS, CLEAN_LABEL
+from bkdattr.mini.members import HALVES, clean_prompts, entries, rows_of
 from bkdattr.mini.skills import PREFIXES, SKILLS
 from bkdattr.model import Subject
-from bkdattr.zoo import HALVES, clean_prompts, entries, rows_of
 
 TEXTS = ("the cat sees a red bird .", "what is it ?", "the old dog finds the new river stone .", "one two three : yes",
          "a fish says no !", "no .", "is it red ?", "the bird is old .", "the red cat finds a fish .", "two dogs")  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bkdattr"
 ROOMS = (
-    "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "edits", "model", "interventions",
+    "errors", "examples", "triggers", "misses", "targets", "metrics", "poisoning", "chat", "architectures", "adapters", "edits", "model", "interventions",
     "inference", "prefix_attention", "engine", "traces", "lora", "gates", "stealth", "detectors", "factoring", "removal", "probes", "gradient", "screening", "attribution", "vector", "evaluation", "ablation", "selection", "mini", "detection", "zoo", "lens", "harness", "template", "splits", "run", "shards",
     "planting", "mechanism", "banks", "options", "study", "joint", "restoration", "steering", "stages", "tables", "figures", "report", "grid_table", "reproduce", "terminal", "sweep", "detection_commands", "cli", "__main__",
 )  # fmt: skip

@@ -9,8 +9,9 @@ from conftest import add_lora, make_model, make_subject, make_tokenizer, prompt_
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from bkdattr.adapters import check_adapter
 from bkdattr.errors import BkdattrError
-from bkdattr.model import Subject, check_adapter, load_base, load_subject, load_tokenizer
+from bkdattr.model import Subject, load_base, load_subject, load_tokenizer
 
 
 @pytest.fixture
